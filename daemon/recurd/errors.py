@@ -1,0 +1,150 @@
+"""Every error recurd raises or sends, in one place.
+
+    RecurdError
+    ├── StartError            the daemon or a command cannot start; carries an exit code
+    │   ├── ConfigError       the configuration is wrong                        (exit 78)
+    │   ├── ContractError     a model file is missing, broken or has no contract (exit 65)
+    │   ├── DeviceError       the device asked for cannot be had                (exit 69)
+    │   └── AddressError      an address cannot be bound                        (exit 75)
+    ├── Refused(code)         this request was refused; nothing happened, the stream lives
+    ├── Broken(code)          the stream's state is lost; only a new start helps
+    └── Unanswered            no answer within the time-out (raised by clients only)
+
+A code is the word that stands on the wire, in the metrics' label, in the log and in the client's exception. Anything
+else that is raised while a frame is handled is a bug: a traceback in the log and ``internal`` for the client.
+"""
+
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """Exit status of ``recurd serve`` (numbers of sysexits.h); deploy/recurd.service does not restart on the permanent ones."""
+
+    OK = 0
+    BUG = 1
+    USAGE = 2
+    CONTRACT = 65
+    DEVICE = 69
+    ADDRESS = 75
+    CONFIG = 78
+
+
+class Code(IntEnum):
+    """Error codes: the number stands in a frame's header, the lower-case name in its body, in metrics and in exceptions."""
+
+    # the frame itself
+    BAD_FRAME = 1
+    BAD_VERSION = 2
+    UNKNOWN_TYPE = 3
+    BAD_REQUEST = 4
+    HELLO_REQUIRED = 5
+    # opening a stream
+    UNKNOWN_MODEL = 10
+    BAD_NAME = 11
+    WRONG_MODEL = 12
+    UNKNOWN_STREAM = 13
+    NO_SLOTS = 14
+    TOO_MANY_STREAMS = 15
+    # addressing a stream
+    UNKNOWN_HANDLE = 20
+    DETACHED = 21
+    CLOSED = 22
+    # the chunk itself
+    WIDTH = 30
+    DTYPE = 31
+    EMPTY = 32
+    TOO_LONG = 33
+    NOT_FINITE = 34
+    OUT_OF_RANGE = 35
+    # the chunk's place
+    GAP = 40
+    STALE = 41
+    CREDIT = 42
+    # the daemon's condition
+    BUSY = 50
+    DRAINING = 51
+    # the stream's state is lost
+    EXPIRED = 60
+    FAILED = 61
+    # a bug
+    INTERNAL = 70
+
+    @property
+    def word(self) -> str:
+        """The code as it stands in JSON bodies, metrics, log lines and exceptions."""
+        return self.name.lower()
+
+
+#: Codes after which a stream's state is gone; every other code leaves the stream as it was.
+BREAKING = frozenset({Code.EXPIRED, Code.FAILED})
+#: Codes that say "the same request may succeed later"; their replies carry ``retry_after_seconds``.
+PASSING = frozenset({Code.BUSY, Code.CREDIT})
+
+
+class RecurdError(Exception):
+    """Base of everything recurd raises on purpose."""
+
+
+class StartError(RecurdError):
+    """The daemon or a command cannot start. ``exit_code`` is the process's exit status."""
+
+    exit_code = ExitCode.BUG
+
+
+class ConfigError(StartError):
+    """The configuration is wrong; the text names the key."""
+
+    exit_code = ExitCode.CONFIG
+
+
+class ContractError(StartError):
+    """A model file is missing, unreadable, without a contract, or not what its contract says."""
+
+    exit_code = ExitCode.CONTRACT
+
+
+class DeviceError(StartError):
+    """The device asked for cannot be had, or the model does not run on it as it must."""
+
+    exit_code = ExitCode.DEVICE
+
+
+class AddressError(StartError):
+    """An address cannot be bound."""
+
+    exit_code = ExitCode.ADDRESS
+
+
+class Refused(RecurdError):
+    """A request was refused. Nothing happened: the stream lives and the seq is free to be used again.
+
+    ``expected`` is the seq the daemon waits for (with ``gap`` and ``stale``, else ``None``); ``retry_after_seconds`` is
+    set for codes in :data:`PASSING`.
+    """
+
+    def __init__(
+        self, code: Code, text: str, *, expected: int | None = None, retry_after_seconds: float | None = None
+    ) -> None:
+        super().__init__(f"{code.word}: {text}")
+        self.code = code
+        self.text = text
+        self.expected = expected
+        self.retry_after_seconds = retry_after_seconds
+
+
+class Broken(RecurdError):
+    """A stream's state is lost (``expired``, ``failed``, or unknown to a restarted daemon).
+
+    ``generation`` and ``last_seq`` are the last ones the stream had, where known.
+    """
+
+    def __init__(self, code: Code, text: str, *, generation: int | None = None, last_seq: int | None = None) -> None:
+        super().__init__(f"{code.word}: {text}")
+        self.code = code
+        self.text = text
+        self.generation = generation
+        self.last_seq = last_seq
+
+
+class Unanswered(RecurdError, TimeoutError):
+    """No answer within the time-out. The request may or may not have been carried out; a retry is safe."""

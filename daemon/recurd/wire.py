@@ -1,0 +1,312 @@
+"""Bytes <-> messages, and nothing else. The daemon and the clients both use it, so the codec stands once.
+
+docs/protocol.md is the specification. After the routing id a message is exactly one ZeroMQ frame: a header of 48 bytes,
+little-endian, followed by ``size`` bytes of payload::
+
+     0  magic       2 bytes  b"RC"
+     2  version     u8       1
+     3  type        u8       Type
+     4  flags       u8       Flag
+     5  dtype       u8       Dtype of the payload (0: JSON or nothing)
+     6  code        u16      errors.Code in an ERROR, else 0
+     8  size        u32      payload bytes
+    12  steps       u32      time steps in the payload; in a MULTI the number of records
+    16  width       u32      elements a step, all heads of a result together
+    20  generation  u32      of the stream
+    24  handle      u64      of the stream, from OPENED
+    32  seq         u64      number of the chunk or reset in its stream; in control messages a request id, echoed
+    40  ack         u64      to the daemon: results up to this seq have arrived; from it: the seq last accepted
+
+A MULTI carries many records in one frame: its payload is ``steps`` headers, one after another, then their payloads in the
+same order. Records of a MULTI are CHUNK and RESET (to the daemon), RESULT, DONE and ERROR (from it).
+"""
+
+import struct
+from collections.abc import Iterable, Iterator
+from enum import IntEnum, IntFlag
+from typing import Any, NamedTuple, TypeVar
+
+import msgspec
+import numpy as np
+
+from recurd.errors import Code, Refused
+
+MAGIC = b"RC"
+VERSION = 1
+
+Body = TypeVar("Body")
+Buffer = bytes | memoryview
+#: One message that is not yet a frame: header bytes and payload. Kept apart so that many can be joined into a MULTI.
+Record = tuple[bytes, Buffer]
+
+_HEADER = struct.Struct("<2sBBBBHIIIIQQQ")
+HEADER_BYTES = _HEADER.size
+_HEADER_DTYPE = np.dtype(
+    [
+        ("magic", "S2"),
+        ("version", "u1"),
+        ("type", "u1"),
+        ("flags", "u1"),
+        ("dtype", "u1"),
+        ("code", "<u2"),
+        ("size", "<u4"),
+        ("steps", "<u4"),
+        ("width", "<u4"),
+        ("generation", "<u4"),
+        ("handle", "<u8"),
+        ("seq", "<u8"),
+        ("ack", "<u8"),
+    ]
+)
+
+
+class Type(IntEnum):
+    """Message types; the high bit marks what only the daemon sends."""
+
+    HELLO = 0x01
+    OPEN = 0x02
+    CHUNK = 0x03
+    MULTI = 0x04
+    RESET = 0x05
+    CLOSE = 0x06
+    PING = 0x08
+    WELCOME = 0x81
+    OPENED = 0x82
+    RESULT = 0x83
+    DONE = 0x85
+    CLOSED = 0x86
+    PONG = 0x88
+    ERROR = 0x8F
+
+
+class Flag(IntFlag):
+    """Flags of a RESULT or DONE."""
+
+    FRESH = 0x01  # the chunk started from the initial state
+    DUPLICATE = 0x02  # answered before; this is the retained answer
+    GONE = 0x04  # answered before and acknowledged since; the payload is no longer kept
+
+
+class Dtype(IntEnum):
+    """Element types of a payload."""
+
+    JSON = 0
+    FLOAT32 = 1
+    INT64 = 2
+    FLOAT16 = 3
+    FLOAT64 = 4
+    INT32 = 5
+
+
+#: numpy types of :class:`Dtype`, always little-endian, and the way back from a contract's dtype name.
+NUMPY_TYPES = {
+    Dtype.FLOAT32: np.dtype("<f4"),
+    Dtype.INT64: np.dtype("<i8"),
+    Dtype.FLOAT16: np.dtype("<f2"),
+    Dtype.FLOAT64: np.dtype("<f8"),
+    Dtype.INT32: np.dtype("<i4"),
+}
+DTYPES = {numpy_type.name: dtype for dtype, numpy_type in NUMPY_TYPES.items()}
+
+
+class Header(NamedTuple):
+    """The 48 bytes before every payload, as they stand on the wire (see the module's drawing)."""
+
+    magic: bytes
+    version: int
+    type: int
+    flags: int
+    dtype: int
+    code: int
+    size: int
+    steps: int
+    width: int
+    generation: int
+    handle: int
+    seq: int
+    ack: int
+
+
+def pack(
+    type: int,
+    *,
+    flags: int = 0,
+    dtype: int = 0,
+    code: int = 0,
+    size: int = 0,
+    steps: int = 0,
+    width: int = 0,
+    generation: int = 0,
+    handle: int = 0,
+    seq: int = 0,
+    ack: int = 0,
+) -> bytes:
+    """A header's 48 bytes."""
+    return _HEADER.pack(
+        MAGIC, VERSION, type, flags, dtype, code, size, steps, width, generation, handle, seq, ack
+    )
+
+
+def control(type: int, body: Any, *, code: int = 0, generation: int = 0, handle: int = 0, seq: int = 0) -> Record:
+    """A message with a JSON body (a msgspec struct or a dict)."""
+    payload = msgspec.json.encode(body)
+    return pack(type, code=code, size=len(payload), generation=generation, handle=handle, seq=seq), payload
+
+
+def frame(record: Record) -> bytes:
+    """One record as a frame of its own."""
+    return b"".join(record)
+
+
+def multi(records: list[Record]) -> bytes:
+    """Many records as one MULTI frame."""
+    headers = b"".join([header for header, _ in records])
+    payloads = b"".join([payload for _, payload in records])
+    size = len(headers) + len(payloads)
+    return b"".join((pack(Type.MULTI, size=size, steps=len(records)), headers, payloads))
+
+
+def multi_frames(records: Iterable[Record], max_bytes: int) -> Iterator[bytes]:
+    """Many records as MULTI frames of at most ``max_bytes`` each (a single larger record goes alone)."""
+    batch: list[Record] = []
+    size = HEADER_BYTES
+    for record in records:
+        more = HEADER_BYTES + len(record[1])
+        if batch and size + more > max_bytes:
+            yield multi(batch)
+            batch, size = [], HEADER_BYTES
+        batch.append(record)
+        size += more
+    if len(batch) == 1:
+        yield frame(batch[0])
+    elif batch:
+        yield multi(batch)
+
+
+def decode(data: Buffer) -> tuple[Header, memoryview]:
+    """A frame's header and payload.
+
+    Raises :class:`Refused` with ``bad_frame`` (truncated, wrong magic, a size that lies) or ``bad_version``.
+    """
+    if len(data) < HEADER_BYTES:
+        raise Refused(Code.BAD_FRAME, f"a frame has at least {HEADER_BYTES} bytes, this one has {len(data)}")
+    header = Header._make(_HEADER.unpack_from(data))
+    if header.magic != MAGIC:
+        raise Refused(Code.BAD_FRAME, f"the frame starts with {header.magic!r}, not with {MAGIC!r}")
+    if header.version != VERSION:
+        raise Refused(Code.BAD_VERSION, f"version {header.version} is not spoken here, only {VERSION}")
+    if header.size != len(data) - HEADER_BYTES:
+        raise Refused(
+            Code.BAD_FRAME, f"the header announces {header.size} bytes, {len(data) - HEADER_BYTES} followed"
+        )
+    return header, memoryview(data)[HEADER_BYTES:]
+
+
+def decode_multi(header: Header, payload: memoryview) -> list[tuple[Header, memoryview]]:
+    """The records of a MULTI, in order.
+
+    All headers are checked at once, as arrays; the whole frame is refused (:class:`Refused`, ``bad_frame`` or
+    ``bad_version``) when one of them lies, since nothing after a wrong size could be trusted.
+    """
+    end_of_headers = header.steps * HEADER_BYTES
+    if not 0 < end_of_headers <= len(payload):
+        raise Refused(Code.BAD_FRAME, f"a MULTI of {header.steps} records does not fit in {len(payload)} bytes")
+    heads = payload[:end_of_headers]
+    fields = np.frombuffer(heads, _HEADER_DTYPE)
+    if (fields["magic"] != MAGIC).any():
+        raise Refused(Code.BAD_FRAME, "a record of the MULTI has the wrong magic")
+    if (fields["version"] != VERSION).any():
+        raise Refused(Code.BAD_VERSION, f"a record of the MULTI has a version other than {VERSION}")
+    ends = np.cumsum(fields["size"], dtype=np.uint64) + end_of_headers
+    if ends[-1] != len(payload):
+        raise Refused(Code.BAD_FRAME, "the sizes of the MULTI's records do not add up to its payload")
+    records = []
+    start = end_of_headers
+    for fields_of_one, end in zip(_HEADER.iter_unpack(heads), ends.tolist(), strict=True):
+        records.append((Header._make(fields_of_one), payload[start:end]))
+        start = end
+    return records
+
+
+def decode_body(payload: Buffer, type: type[Body]) -> Body:
+    """A JSON body as a struct; unknown keys are tolerated. Raises :class:`Refused` (``bad_request``)."""
+    try:
+        return msgspec.json.decode(payload, type=type)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise Refused(Code.BAD_REQUEST, f"the JSON body cannot be read: {error}") from error
+
+
+# --- JSON bodies -------------------------------------------------------------------------------------------------------
+
+
+class Hello(msgspec.Struct, kw_only=True, frozen=True):
+    """HELLO: who the client is and what it can take."""
+
+    client: str = ""
+    versions: list[int] = [VERSION]
+    #: Whether results may come joined in MULTI frames.
+    multi: bool = False
+
+
+class Welcome(msgspec.Struct, kw_only=True, frozen=True):
+    """WELCOME: who the daemon is, its limits and its models' contracts."""
+
+    server: str
+    #: New at every start of the daemon; a client that sees it change opens its streams anew.
+    epoch: str
+    tenant: str
+    versions: list[int]
+    #: Records a stream may have in flight: accepted or sent, their results not yet acknowledged.
+    credit: int
+    max_message_bytes: int
+    max_chunk_steps: int
+    #: A connection that has been silent this long is forgotten; PING keeps it.
+    peer_timeout_seconds: float
+    #: Device asked for, device in use, and whether the second is a fall-back.
+    device: dict[str, Any]
+    #: Contracts by model name, without their proofs (contract.public()).
+    models: dict[str, Any]
+
+
+class Open(msgspec.Struct, kw_only=True, frozen=True):
+    """OPEN: attach a stream to this connection.
+
+    ``mode`` is ``auto`` (resume, or start new when there is none), ``resume`` (refuse when there is none: what a client
+    sends after a reconnect, so that a lost state is never replaced silently) or ``new`` (a fresh start in any case).
+    """
+
+    stream: str
+    model: str
+    mode: str = "auto"
+    #: With ``resume``: the generation the client knows; another one is refused as stale.
+    generation: int | None = None
+    idle_timeout_seconds: float | None = None
+
+
+class Opened(msgspec.Struct, kw_only=True, frozen=True):
+    """OPENED: the stream is attached; handle and generation stand in the header too."""
+
+    stream: str
+    model: str
+    generation: int
+    #: The seq last accepted; the next chunk is last_seq + 1. Results up to it come unasked or by resending.
+    last_seq: int
+    #: No step has been taken since the fresh start.
+    fresh: bool
+    credit: int
+    max_chunk_steps: int
+    idle_timeout_seconds: float
+
+
+class Error(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
+    """ERROR: code and text; the header repeats handle, generation and seq of what it answers."""
+
+    code: str
+    text: str
+    #: Type of the message this answers.
+    in_reply_to: int = 0
+    expected: int | None = None
+    retry_after_seconds: float | None = None
+    #: With broken streams: the last generation and seq there were.
+    generation: int | None = None
+    last_seq: int | None = None
