@@ -277,9 +277,7 @@ def _check_values(contract: Contract) -> None:
             )
 
 
-def _check_side(
-    side: str, found: Mapping[str, onnx.ValueInfoProto], expected: Mapping[str, tuple[str, int]]
-) -> None:
+def _check_side(side: str, found: Mapping[str, onnx.ValueInfoProto], expected: Mapping[str, tuple[str, int]]) -> None:
     if found.keys() != expected.keys():
         missing = sorted(expected.keys() - found.keys())
         unexpected = sorted(found.keys() - expected.keys())

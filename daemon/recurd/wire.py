@@ -142,9 +142,7 @@ def pack(
     ack: int = 0,
 ) -> bytes:
     """A header's 48 bytes."""
-    return _HEADER.pack(
-        MAGIC, VERSION, type, flags, dtype, code, size, steps, width, generation, handle, seq, ack
-    )
+    return _HEADER.pack(MAGIC, VERSION, type, flags, dtype, code, size, steps, width, generation, handle, seq, ack)
 
 
 def control(type: int, body: Any, *, code: int = 0, generation: int = 0, handle: int = 0, seq: int = 0) -> Record:
@@ -196,9 +194,7 @@ def decode(data: Buffer) -> tuple[Header, memoryview]:
     if header.version != VERSION:
         raise Refused(Code.BAD_VERSION, f"version {header.version} is not spoken here, only {VERSION}")
     if header.size != len(data) - HEADER_BYTES:
-        raise Refused(
-            Code.BAD_FRAME, f"the header announces {header.size} bytes, {len(data) - HEADER_BYTES} followed"
-        )
+        raise Refused(Code.BAD_FRAME, f"the header announces {header.size} bytes, {len(data) - HEADER_BYTES} followed")
     return header, memoryview(data)[HEADER_BYTES:]
 
 
