@@ -71,7 +71,7 @@ class Head(msgspec.Struct, frozen=True, kw_only=True):
     dtype: str
     #: Shape of one step, without batch and time.
     shape: tuple[int, ...]
-    #: ``step``: ``[batch, time, ...]``, one output a step. ``last``: ``[batch, ...]``, one output a chunk, of its last step.
+    #: ``step``: ``[batch, time, ...]``, one output a step. ``last``: ``[batch, ...]``, one a chunk, of its last step.
     per: Literal["step", "last"] = "step"
     labels: tuple[str, ...] = ()
 
@@ -115,8 +115,8 @@ class Source(msgspec.Struct, frozen=True, kw_only=True):
 class Golden(msgspec.Struct, frozen=True, kw_only=True):
     """A short run from the initial state that must come out the same wherever the model is served.
 
-    ``input`` is ``[batch, time, ...]``, ``lengths`` ``[batch]``; outputs by head, final states by state name, both as the
-    model gives them.
+    ``input`` is ``[batch, time, ...]``, ``lengths`` ``[batch]``; outputs by head, final states by state name, both as
+    the model gives them.
     """
 
     input: Tensor
@@ -154,7 +154,7 @@ class Contract(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def state_hash(self) -> str:
-        """Hash of everything that gives a stored state its meaning: weights, and name, dtype and shape of every state."""
+        """Hash of all that gives a stored state its meaning: weights, and name, dtype and shape of every state."""
         layout = [(s.name, s.dtype, s.shape) for s in self.states]
         return hashlib.sha256(msgspec.json.encode([self.weights_sha256, layout])).hexdigest()
 
@@ -225,7 +225,7 @@ def _contract_text(path: Path, model: onnx.ModelProto) -> str | bytes:
         if prop.key == METADATA_KEY:
             return prop.value
     raise ContractError(
-        f"{path}: has no contract, neither inside nor beside it as {sidecar.name}; export the model with 'recurd export'"
+        f"{path}: has no contract, neither inside nor as {sidecar.name} beside it; export it with 'recurd export'"
     )
 
 

@@ -18,7 +18,7 @@ from enum import IntEnum
 
 
 class ExitCode(IntEnum):
-    """Exit status of ``recurd serve`` (numbers of sysexits.h); deploy/recurd.service does not restart on the permanent ones."""
+    """Exit status of every command (numbers of sysexits.h); the service does not restart on the permanent ones."""
 
     OK = 0
     BUG = 1
@@ -30,7 +30,7 @@ class ExitCode(IntEnum):
 
 
 class Code(IntEnum):
-    """Error codes: the number stands in a frame's header, the lower-case name in its body, in metrics and in exceptions."""
+    """Error codes: the number stands in a frame's header, the lower-case name in bodies, metrics and exceptions."""
 
     # the frame itself
     BAD_FRAME = 1

@@ -17,8 +17,8 @@ little-endian, followed by ``size`` bytes of payload::
     32  seq         u64      number of the chunk or reset in its stream; in control messages a request id, echoed
     40  ack         u64      to the daemon: results up to this seq have arrived; from it: the seq last accepted
 
-A MULTI carries many records in one frame: its payload is ``steps`` headers, one after another, then their payloads in the
-same order. Records of a MULTI are CHUNK and RESET (to the daemon), RESULT, DONE and ERROR (from it).
+A MULTI carries many records in one frame: its payload is ``steps`` headers, one after another, then their payloads in
+the same order. Records of a MULTI are CHUNK and RESET (to the daemon), RESULT, DONE and ERROR (from it).
 """
 
 import struct
@@ -232,14 +232,14 @@ def decode_body(payload: Buffer, type: type[Body]) -> Body:
         raise Refused(Code.BAD_REQUEST, f"the JSON body cannot be read: {error}") from error
 
 
-# --- JSON bodies -------------------------------------------------------------------------------------------------------
+# JSON bodies
 
 
 class Hello(msgspec.Struct, kw_only=True, frozen=True):
     """HELLO: who the client is and what it can take."""
 
     client: str = ""
-    versions: list[int] = [VERSION]
+    versions: tuple[int, ...] = (VERSION,)
     #: Whether results may come joined in MULTI frames.
     multi: bool = False
 
@@ -251,7 +251,7 @@ class Welcome(msgspec.Struct, kw_only=True, frozen=True):
     #: New at every start of the daemon; a client that sees it change opens its streams anew.
     epoch: str
     tenant: str
-    versions: list[int]
+    versions: tuple[int, ...]
     #: Records a stream may have in flight: accepted or sent, their results not yet acknowledged.
     credit: int
     max_message_bytes: int
