@@ -1,0 +1,235 @@
+"""The configuration: one frozen struct, every bound and time-out a named key with its unit.
+
+``deploy/recurd.toml`` explains every key and lists its default. Unknown keys are refused, and every error is a
+:class:`ConfigError` that names the file and the key.
+"""
+
+import ipaddress
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_type_hints
+
+import msgspec
+
+from recurd.errors import ConfigError
+
+#: sun_path of a Unix socket has 108 bytes, one of them for the final zero.
+MAX_IPC_PATH_BYTES = 107
+
+Count = Annotated[int, msgspec.Meta(ge=1)]
+CountOrZero = Annotated[int, msgspec.Meta(ge=0)]
+Seconds = Annotated[float, msgspec.Meta(gt=0, le=1e9)]
+#: ZeroMQ takes these as milliseconds in 32 bits, and heartbeats' time to live in 16 bits of 0.1 s.
+ShortSeconds = Annotated[float, msgspec.Meta(ge=0.1, le=2000)]
+
+
+class Model(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One model file. A relative ``path`` in a file is relative to that file's folder."""
+
+    path: Annotated[str, msgspec.Meta(min_length=1)]
+    #: Name that clients ask for; ``None``: the contract's.
+    name: Annotated[str, msgspec.Meta(min_length=1)] | None = None
+    #: Streams whose state the device holds; ``None``: the top-level ``slots``.
+    slots: Count | None = None
+
+
+class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a client, and all of them together, may ask for; beyond it stands a refusal with a code."""
+
+    streams: Count = 100_000
+    stream_credit: Count = 64
+    queued_chunks: Count = 16_384
+    queued_bytes: Count = 268_435_456
+    busy_retry_seconds: Seconds = 0.05
+    chunk_steps: Count = 4096
+    message_bytes: Annotated[int, msgspec.Meta(ge=1024, le=2**31 - 1)] = 16_777_216
+    connections: Count = 4096
+    name_bytes: Annotated[int, msgspec.Meta(ge=1, le=65_535)] = 255
+    ended_streams: CountOrZero = 65_536
+
+
+class Tick(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How chunks are put together for one run of the model."""
+
+    rows: Count = 64
+    steps: Count = 64
+    padding_ratio: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.25
+    receive_frames: Count = 256
+
+
+class Timeouts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """When something is given up."""
+
+    stream_idle_seconds: Seconds = 86_400.0
+    peer_idle_seconds: Seconds = 120.0
+    shutdown_seconds: Seconds = 10.0
+    heartbeat_seconds: ShortSeconds = 5.0
+    handshake_seconds: ShortSeconds = 5.0
+
+
+class ZeroMQ(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The socket's own bounds (high-water marks count messages for each connection)."""
+
+    io_threads: Count = 1
+    send_high_water_mark: Count = 4096
+    receive_high_water_mark: Count = 1000
+    backlog: Count = 512
+
+
+class Log(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Log lines on standard error."""
+
+    format: Literal["keyvalue", "json"] = "keyvalue"
+    level: Literal["debug", "info", "warning", "error"] = "info"
+
+
+class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The whole configuration of a daemon.
+
+    Decoded by :func:`load` or :func:`override`, which check what the types cannot say; a struct built by hand is not
+    checked.
+    """
+
+    #: Endpoints clients connect to: ``tcp://host:port`` or ``ipc:///path``.
+    bind: tuple[str, ...] = ("tcp://127.0.0.1:7070",)
+    #: ``host:port`` of /metrics, /healthz and /readyz; empty: none.
+    metrics: str = "127.0.0.1:9187"
+    #: ``auto`` (the GPU when it can be had), ``cpu``, ``cuda`` (is ``cuda:0``) or ``cuda:N``.
+    device: str = "auto"
+    #: Threads of the model's run on the CPU; 0: all cores.
+    threads: CountOrZero = 0
+    slots: Count = 4096
+    #: Whether to serve, without authentication, beyond this machine.
+    insecure: bool = False
+    models: tuple[Model, ...] = ()
+    limits: Limits = Limits()
+    tick: Tick = Tick()
+    timeouts: Timeouts = Timeouts()
+    zeromq: ZeroMQ = ZeroMQ()
+    log: Log = Log()
+
+
+def load(path: str | Path) -> Config:
+    """Read a TOML file. Raises :class:`ConfigError`; models are looked for when they are loaded, not here."""
+    path = Path(path)
+    try:
+        raw = msgspec.toml.decode(path.read_bytes(), type=dict[str, Any])
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}: there is no such file") from error
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from error
+    config = _convert(raw, str(path))
+    folder = path.absolute().parent
+    models = tuple(msgspec.structs.replace(model, path=str(folder / model.path)) for model in config.models)
+    return msgspec.structs.replace(config, models=models)
+
+
+def override(config: Config, changes: Mapping[str, Any], source: str = "command line") -> Config:
+    """A configuration with some keys replaced, as a file would have them: ``{"slots": 8, "log": {"format": "json"}}``.
+
+    A section's keys are replaced one by one, anything else as a whole. Raises :class:`ConfigError` naming ``source``.
+    """
+    raw: dict[str, Any] = msgspec.to_builtins(config)
+    for key, value in changes.items():
+        raw[key] = raw[key] | value if isinstance(value, Mapping) and key in raw else value
+    return _convert(raw, source)
+
+
+def _convert(raw: dict[str, Any], source: str) -> Config:
+    try:
+        config = msgspec.convert(raw, Config)
+        _check(config)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{source}: {_sentence(error)}") from error
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from error
+    return config
+
+
+def _sentence(error: msgspec.ValidationError) -> str:
+    """msgspec's message with the key in front: ``limits.streams: expected `int` >= 1``."""
+    text, _, place = str(error).partition(" - at `$")
+    key = place.rstrip("`").lstrip(".")
+    text = text[:1].lower() + text[1:]
+    if "invalid enum value" in text:
+        section, _, name = key.partition(".")
+        allowed = get_args(get_type_hints(get_type_hints(Config)[section])[name])
+        return f"{key}: {text.rpartition(' ')[2]} is not one of {', '.join(allowed)}"
+    if "unknown field" in text:
+        section, name = key and f" in [{key}]", text.split("`")[1]
+        return f"{name}: there is no such key{section}"
+    if "required field" in text:
+        return f"{key}: {text.split('`')[1]} is missing"
+    return f"{key}: {text}"
+
+
+def _check(config: Config) -> None:
+    """What the types cannot say. Raises :class:`ConfigError` that names the key."""
+    if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,3})?", config.device):
+        raise ConfigError(f"device: '{config.device}' is not one of auto, cpu, cuda, cuda:0, cuda:1, ...")
+    if not config.bind:
+        raise ConfigError("bind: at least one endpoint is needed")
+    for endpoint in config.bind:
+        check_endpoint(endpoint, insecure=config.insecure)
+    if config.metrics:
+        split_address(config.metrics)
+    for key, values in (
+        ("bind", list(config.bind)),
+        ("models.path", [model.path for model in config.models]),
+        ("models.name", [model.name for model in config.models if model.name]),
+    ):
+        for value in values:
+            if values.count(value) > 1:
+                raise ConfigError(f"{key}: '{value}' is there twice")
+    if config.tick.steps > config.limits.chunk_steps:
+        raise ConfigError("tick.steps: may not be more than limits.chunk_steps")
+    if config.limits.stream_credit > config.limits.queued_chunks:
+        raise ConfigError("limits.stream_credit: may not be more than limits.queued_chunks")
+
+
+def check_endpoint(endpoint: str, *, insecure: bool) -> None:
+    """Hold an endpoint of ``bind`` against ``tcp://host:port`` and ``ipc:///path``. Raises :class:`ConfigError`."""
+    scheme, _, address = endpoint.partition("://")
+    if scheme == "tcp":
+        host, _ = split_address(address, key="bind", shown=endpoint, wildcard=True)
+        if not insecure and not _is_loopback(host):
+            raise ConfigError(
+                f"bind: '{endpoint}' can be reached from other machines and nobody would be authenticated; bind to "
+                "127.0.0.1 or ipc://, or allow it with 'insecure = true' (--insecure)"
+            )
+    elif scheme == "ipc":
+        if not address.startswith(("/", "@")) or address == "/":
+            raise ConfigError(f"bind: '{endpoint}' needs an absolute path: ipc:///run/recurd/recurd.sock")
+        if len(address.encode()) > MAX_IPC_PATH_BYTES:
+            raise ConfigError(f"bind: the path of '{endpoint}' is over {MAX_IPC_PATH_BYTES} bytes")
+    else:
+        raise ConfigError(f"bind: '{endpoint}' is neither tcp://host:port nor ipc:///path")
+
+
+def split_address(
+    address: str, *, key: str = "metrics", shown: str | None = None, wildcard: bool = False
+) -> tuple[str, int]:
+    """``host:port`` or ``[host]:port`` as host and port (0: any free one; with ``wildcard`` also written ``*``).
+
+    Raises :class:`ConfigError` naming ``key``.
+    """
+    host, separator, port = address.rpartition(":")
+    bracketed = host.startswith("[") and host.endswith("]")
+    if wildcard and port == "*":
+        port = "0"
+    valid_port = port.isascii() and port.isdigit() and int(port) <= 65_535
+    if not separator or not host or not valid_port or (":" in host and not bracketed):
+        raise ConfigError(f"{key}: '{shown or address}' is not host:port (an IPv6 address goes in brackets)")
+    return host.strip("[]"), int(port)
+
+
+def _is_loopback(host: str) -> bool:
+    if host in ("localhost", "lo"):
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
