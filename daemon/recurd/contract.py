@@ -223,7 +223,7 @@ def _contract_text(path: Path, model: onnx.ModelProto) -> str | bytes:
         return sidecar.read_bytes()
     for prop in model.metadata_props:
         if prop.key == METADATA_KEY:
-            return prop.value
+            return str(prop.value)
     raise ContractError(
         f"{path}: has no contract, neither inside nor as {sidecar.name} beside it; export it with 'recurd export'"
     )

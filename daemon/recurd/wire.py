@@ -99,14 +99,14 @@ class Dtype(IntEnum):
 
 
 #: numpy types of :class:`Dtype`, always little-endian, and the way back from a contract's dtype name.
-NUMPY_TYPES = {
+NUMPY_TYPES: dict[Dtype, np.dtype[Any]] = {
     Dtype.FLOAT32: np.dtype("<f4"),
     Dtype.INT64: np.dtype("<i8"),
     Dtype.FLOAT16: np.dtype("<f2"),
     Dtype.FLOAT64: np.dtype("<f8"),
     Dtype.INT32: np.dtype("<i4"),
 }
-DTYPES = {numpy_type.name: dtype for dtype, numpy_type in NUMPY_TYPES.items()}
+DTYPES = {str(numpy_type.name): dtype for dtype, numpy_type in NUMPY_TYPES.items()}
 
 
 class Header(NamedTuple):
