@@ -1,0 +1,85 @@
+"""``recurd serve``: flags over a configuration file, then the daemon."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from recurd import config
+from recurd.errors import ConfigError
+
+EPILOG = """\b
+Examples:
+  recurd serve pump.onnx
+  recurd serve pump.onnx valve.onnx --bind ipc:///run/recurd/recurd.sock --device cpu
+  recurd serve --config /etc/recurd/recurd.toml --check
+\b
+Exit codes: 0 stopped as asked, 65 a model file is not good, 69 no such device, 75 an address cannot be bound,
+78 the configuration is wrong.
+"""
+
+
+@click.command(epilog=EPILOG)
+@click.argument("models", nargs=-1, type=click.Path(path_type=Path))
+@click.option("--config", "-c", "config_file", type=click.Path(path_type=Path), help="TOML file; flags override it.")
+@click.option("--bind", multiple=True, help="tcp://host:port or ipc:///path; may be repeated.  [tcp://127.0.0.1:7070]")
+@click.option("--metrics", help="host:port of /metrics, /healthz and /readyz; '' for none.  [127.0.0.1:9187]")
+@click.option("--device", help="auto, cpu, cuda or cuda:N.  [auto]")
+@click.option("--slots", type=int, help="Streams of a model whose state the device holds.  [4096]")
+@click.option("--threads", type=int, help="Threads of a model's run on the CPU; 0: all cores.  [0]")
+@click.option("--log-format", type=click.Choice(["keyvalue", "json"]), help="Form of the log lines.  [keyvalue]")
+@click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), help="Least level.  [info]")
+@click.option("--insecure", is_flag=True, default=None, help="Serve beyond this machine without authentication.")
+@click.option("--check", is_flag=True, help="Check configuration and model files, and exit.")
+@click.pass_context
+def serve(ctx: click.Context, /, check: bool, **flags: Any) -> None:
+    """Serve MODELS (files written by 'recurd export') to live streams until SIGTERM or Ctrl-C.
+
+    Every other bound and time-out is a key of the configuration file.
+    """
+    settings = build_config(**flags)
+    if check:
+        names = _check_models(settings)
+        click.echo(f"recurd: the configuration is good; it serves {', '.join(names)} at {', '.join(settings.bind)}")
+        return
+    from recurd import server  # what 'serve --help' and '--check' do without
+
+    ctx.exit(server.serve(settings))
+
+
+def build_config(
+    *,
+    models: tuple[Path, ...],
+    config_file: Path | None,
+    log_format: str | None,
+    log_level: str | None,
+    bind: tuple[str, ...],
+    **flags: Any,
+) -> config.Config:
+    """Defaults, then the file, then the flags that were given. Raises :class:`ConfigError`."""
+    settings = config.load(config_file) if config_file is not None else config.Config()
+    changes = {key: value for key, value in flags.items() if value is not None}
+    if models:
+        changes["models"] = [{"path": str(path)} for path in models]
+    if bind:
+        changes["bind"] = bind
+    log = {"format": log_format, "level": log_level}
+    changes["log"] = {key: value for key, value in log.items() if value is not None}
+    settings = config.override(settings, changes)
+    if not settings.models:
+        raise ConfigError("no model to serve: name a file ('recurd serve pump.onnx') or add [[models]] to the --config")
+    return settings
+
+
+def _check_models(settings: config.Config) -> list[str]:
+    """The models' names, after reading every contract. Raises a StartError."""
+    from recurd import contract  # imports onnx
+
+    names = []
+    for model in settings.models:
+        _, found = contract.load(model.path)
+        name = model.name or found.name
+        if name in names:
+            raise ConfigError(f"{model.path}: there is a model '{name}' already; give it another name in [[models]]")
+        names.append(name)
+    return names
