@@ -5,7 +5,8 @@
     │   ├── ConfigError       the configuration is wrong                        (exit 78)
     │   ├── ContractError     a model file is missing, broken or has no contract (exit 65)
     │   ├── DeviceError       the device asked for cannot be had                (exit 69)
-    │   └── AddressError      an address cannot be bound                        (exit 75)
+    │   ├── AddressError      an address cannot be bound                        (exit 75)
+    │   └── ExportError       a model cannot be exported (recurd_export.errors)  (exit 73)
     ├── Refused(code)         this request was refused; nothing happened, the stream lives
     ├── Broken(code)          the stream's state is lost; only a new start helps
     └── Unanswered            no answer within the time-out (raised by clients only)
@@ -25,6 +26,8 @@ class ExitCode(IntEnum):
     USAGE = 2
     CONTRACT = 65
     DEVICE = 69
+    EXPORT = 70
+    EXPORT = 73
     ADDRESS = 75
     CONFIG = 78
 
@@ -66,6 +69,7 @@ class Code(IntEnum):
     # the stream's state is lost
     EXPIRED = 60
     FAILED = 61
+    REPLACED = 62
     # a bug
     INTERNAL = 70
 
@@ -76,7 +80,7 @@ class Code(IntEnum):
 
 
 #: Codes after which a stream's state is gone; every other code leaves the stream as it was.
-BREAKING = frozenset({Code.EXPIRED, Code.FAILED})
+BREAKING = frozenset({Code.EXPIRED, Code.FAILED, Code.REPLACED})
 #: Codes that say "the same request may succeed later"; their replies carry ``retry_after_seconds``.
 PASSING = frozenset({Code.BUSY, Code.CREDIT})
 
@@ -118,17 +122,24 @@ class AddressError(StartError):
 class Refused(RecurdError):
     """A request was refused. Nothing happened: the stream lives and the seq is free to be used again.
 
-    ``expected`` is the seq the daemon waits for (with ``gap`` and ``stale``, else ``None``); ``retry_after_seconds`` is
-    set for codes in :data:`PASSING`.
+    ``expected`` is the seq the daemon waits for (with ``gap`` and ``stale``, else ``None``), ``generation`` the
+    stream's own (with ``stale``); ``retry_after_seconds`` is set for codes in :data:`PASSING`.
     """
 
     def __init__(
-        self, code: Code, text: str, *, expected: int | None = None, retry_after_seconds: float | None = None
+        self,
+        code: Code,
+        text: str,
+        *,
+        expected: int | None = None,
+        generation: int | None = None,
+        retry_after_seconds: float | None = None,
     ) -> None:
         super().__init__(f"{code.word}: {text}")
         self.code = code
         self.text = text
         self.expected = expected
+        self.generation = generation
         self.retry_after_seconds = retry_after_seconds
 
 

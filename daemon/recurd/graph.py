@@ -1,15 +1,16 @@
 """Wraps a contract model into the graph of a tick: state is read from and written to arenas, by slot.
 
-The wrapped graph takes ``slots [rows]``, ``fresh [rows]`` bool, the model's own ``lengths`` and ``input``, and one arena
-``[slots, width]`` per state dtype; it gives the heads and the arenas again. Inside, per arena::
+The wrapped graph takes ``slots [rows]``, ``fresh [rows]`` bool, the model's own ``lengths`` and ``input``, and one
+arena ``[slots, width]`` per state dtype; it gives the heads and the arenas again. Inside, per arena::
 
     Gather(arena, slots) -> Where(fresh, initial, gathered) -> Split -> the model's states
     the model's next states -> Concat -> scatter into the arena
 
-All states of one dtype share an arena (their columns side by side), so that a tick has one gather and one scatter however
-many layers a model has: on a GPU every one of them is a kernel launch. The caller binds each arena's buffer as input *and*
-as output, which makes the scatter in place and its cost independent of the number of slots. This is only right as long as
-the Gather is the arena's one reader and the scatter depends on it; :func:`wrap` builds it so and nothing may be added.
+All states of one dtype share an arena (their columns side by side), so that a tick has one gather and one scatter
+however many layers a model has: on a GPU every one of them is a kernel launch. The caller binds each arena's buffer
+as input *and* as output, which makes the scatter in place and its cost independent of the number of slots. This is
+only right as long as the Gather is the arena's one reader and the scatter depends on it; :func:`wrap` builds it so
+and nothing may be added.
 
 This module knows onnx, not onnxruntime: it builds graphs and never runs them.
 """
@@ -128,7 +129,8 @@ def row_writer(arena: Arena, scatter: Scatter) -> onnx.ModelProto:
 
 
 class _Builder:
-    """Collects nodes and initializers of the wrapping, all named ``recurd.*`` so that placement can be checked by name."""
+    """Collects nodes and initializers of the wrapping, all named ``recurd.*`` so that placement can be checked by
+    name."""
 
     def __init__(self, graph: onnx.GraphProto) -> None:
         self.graph = graph

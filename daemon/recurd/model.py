@@ -58,7 +58,7 @@ def _cuda_trouble(device: str) -> str | None:
             ort.preload_dlls()
         session = ort.InferenceSession(model.SerializeToString(), _options(1), providers=[_provider(device)])
         if _CUDA not in session.get_providers():
-            return "the CUDA libraries or a GPU driver are missing (is this recurd[cuda], on a machine with an NVIDIA GPU?)"
+            return "the CUDA libraries (install recurd[cuda]) or an NVIDIA GPU and its driver are missing"
         session.run(None, {"x": np.zeros(1, np.float32)})
     except Exception as error:  # the runtime raises its own unexported types
         return _first_line(error)
@@ -134,9 +134,9 @@ class Model:
         """One tick: advance the state of every slot by its row's steps, in place.
 
         ``slots`` int64 ``[rows]``, distinct and in range; ``fresh`` bool ``[rows]``: start from the initial state;
-        ``lengths`` int32 ``[rows]``, each in ``[1, time]``; ``input`` ``[rows, time, *shape]``. Returns the heads in the
-        contract's order, ``[rows, time, *shape]`` (``[rows, *shape]`` for heads of the last step); what stands beyond a
-        row's length means nothing. After an exception the state of these slots is unknown.
+        ``lengths`` int32 ``[rows]``, each in ``[1, time]``; ``input`` ``[rows, time, *shape]``. Returns the heads in
+        the contract's order, ``[rows, time, *shape]`` (``[rows, *shape]`` for heads of the last step); what stands
+        beyond a row's length means nothing. After an exception the state of these slots is unknown.
         """
         self._check_rows(slots, lengths, input)
         binding = self._binding
@@ -180,9 +180,9 @@ class Model:
     def _check_rows(self, slots: Array, lengths: Array, input: Array) -> None:
         # The runtime aborts the process on zero rows, erases the state of a row of length zero, and on CUDA writes a
         # slot out of range into somebody else's.
-        if not (len(slots) and 0 <= slots.min() and slots.max() <= self.slots):
+        if not (len(slots) and slots.min() >= 0 and slots.max() <= self.slots):
             raise ValueError(f"a tick needs rows with slots in [0, {self.slots}]")
-        if not (1 <= lengths.min() and lengths.max() <= input.shape[1]):
+        if not (lengths.min() >= 1 and lengths.max() <= input.shape[1]):
             raise ValueError(f"a tick's lengths must lie in [1, {input.shape[1]}]")
 
     def _allocate(self, arena: graph.Arena, rows: int) -> Any:

@@ -192,7 +192,9 @@ def decode(data: Buffer) -> tuple[Header, memoryview]:
     if header.magic != MAGIC:
         raise Refused(Code.BAD_FRAME, f"the frame starts with {header.magic!r}, not with {MAGIC!r}")
     if header.version != VERSION:
-        raise Refused(Code.BAD_VERSION, f"version {header.version} is not spoken here, only {VERSION}")
+        raise Refused(
+            Code.BAD_VERSION, f"version {header.version} is not spoken here, only {VERSION}", expected=VERSION
+        )
     if header.size != len(data) - HEADER_BYTES:
         raise Refused(Code.BAD_FRAME, f"the header announces {header.size} bytes, {len(data) - HEADER_BYTES} followed")
     return header, memoryview(data)[HEADER_BYTES:]

@@ -1,0 +1,143 @@
+"""Which rows run next, and how many steps of each.
+
+Scheduling is continuous: a stream with queued chunks waits in one line per lane, joins the next tick that it fits and
+goes to the end of the line when there is more to do. No clock: ``take`` is called when the device is idle.
+
+Three rules shape a tick. At most ``max_steps`` steps of a stream, so that one that backfills hours does not hold up the
+others: a long chunk is sliced over several ticks and its state stays in place. Queued chunks of one stream are joined
+in time, and their outputs split again. And rows of similar length run together: the model computes every row to the
+length of the longest, so a row is passed over (and keeps its place) when the padding would exceed ``padding_ratio``.
+"""
+
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from recurd.contract import Contract
+from recurd.streams import Chunk, Stream
+
+#: Streams looked at for one tick, as a multiple of its rows: bounds the work of a tick when most rows do not fit.
+_LOOK_AHEAD = 4
+
+
+@dataclass(slots=True)
+class Row:
+    """One stream's part of a tick: consecutive steps of one or several of its queued chunks."""
+
+    stream: Stream
+    #: Chunk, its first step in this row, and how many.
+    parts: list[tuple[Chunk, int, int]]
+    steps: int
+
+
+@dataclass(slots=True)
+class Tick:
+    """One run of a model, ready to be handed over: what ``Model.run`` takes, and the rows to give the outputs back
+    to."""
+
+    model: str
+    rows: list[Row]
+    slots: npt.NDArray[np.int64]
+    fresh: npt.NDArray[np.bool_]
+    lengths: npt.NDArray[np.int32]
+    input: npt.NDArray[Any]
+    taken_at: float
+
+
+class Scheduler:
+    """The line of one lane's streams that have something to run. Owned by the lane."""
+
+    def __init__(self, contract: Contract, *, max_rows: int, max_steps: int, padding_ratio: float) -> None:
+        self._max_rows = max_rows
+        # A model that looks ahead inside a chunk gets it whole, in a row of its own.
+        self._max_steps = max_steps if contract.causal else 2**31
+        self._joins = contract.chunk_local
+        self._padding_ratio = padding_ratio
+        self._line: deque[Stream] = deque()
+
+    def __len__(self) -> int:
+        """Streams in the line."""
+        return len(self._line)
+
+    def add(self, stream: Stream) -> None:
+        """Put a stream with something to run at the end of the line. It must not be in it, nor in a tick."""
+        self._line.append(stream)
+
+    def remove(self, stream: Stream) -> None:
+        """Take a stream out of the line, when it is in it (a stream that ends before its turn; rare, so a search)."""
+        if stream in self._line:
+            self._line.remove(stream)
+
+    def take(self) -> list[Row]:
+        """The rows of the next tick, the longest waiting stream first; empty when the line is."""
+        rows: list[Row] = []
+        passed: list[Stream] = []
+        longest = total = 0
+        for _ in range(min(len(self._line), self._max_rows * _LOOK_AHEAD)):
+            stream = self._line.popleft()
+            steps = self._steps(stream)
+            together = max(longest, steps)
+            cells = together * (len(rows) + 1)
+            if rows and cells - total - steps > self._padding_ratio * cells:
+                passed.append(stream)
+                continue
+            rows.append(self._cut(stream, steps))
+            longest, total = together, total + steps
+            if len(rows) == self._max_rows:
+                break
+        self._line.extendleft(reversed(passed))
+        return rows
+
+    def _steps(self, stream: Stream) -> int:
+        """Steps the stream could run in one row."""
+        first = stream.queue[0]
+        steps = first.steps - first.taken
+        if self._joins:
+            for item in stream.queue[1:]:
+                if item.is_reset or steps >= self._max_steps:
+                    break
+                steps += item.steps
+        return min(steps, self._max_steps)
+
+    def _cut(self, stream: Stream, steps: int) -> Row:
+        """Take ``steps`` steps from the front of the stream's queue (the chunks stay there until they are answered)."""
+        parts = []
+        left = steps
+        for chunk in stream.queue:
+            count = min(left, chunk.steps - chunk.taken)
+            parts.append((chunk, chunk.taken, count))
+            chunk.taken += count
+            left -= count
+            if not left:
+                break
+        return Row(stream, parts, steps)
+
+
+def assemble(model: str, contract: Contract, rows: list[Row], now: float) -> Tick:
+    """Put rows together as arrays; their streams' pending fresh starts are taken over into the tick."""
+    count, time, width = len(rows), max(row.steps for row in rows), contract.input.width
+    # Padding is zeros rather than whatever the memory held: a NaN there could slow the arithmetic, never change it.
+    steps = np.zeros((count, time * width), contract.input.dtype)
+    for index, row in enumerate(rows):
+        start = 0
+        for chunk, first, number in row.parts:
+            end = start + number * width
+            steps[index, start:end] = chunk.data[first * width : (first + number) * width]
+            start = end
+    streams = [row.stream for row in rows]
+    tick = Tick(
+        model=model,
+        rows=rows,
+        slots=np.array([stream.slot for stream in streams], np.int64),
+        fresh=np.array([stream.fresh for stream in streams], np.bool_),
+        lengths=np.array([row.steps for row in rows], np.int32),
+        input=steps.reshape(count, time, *contract.input.shape),
+        taken_at=now,
+    )
+    for row in rows:
+        row.parts[0][0].fresh |= row.stream.fresh
+        row.stream.fresh = False
+    return tick

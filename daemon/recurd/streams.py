@@ -1,0 +1,300 @@
+"""Who may enter: every stream's bookkeeping, and the rules of order (docs/protocol.md, section 4).
+
+A stream is created by OPEN, has one slot and one state, is attached to at most one peer, and ends by CLOSE, idle
+time-out or failure. How it ended is remembered for a while, so that a late record is told why instead of "unknown".
+"""
+
+import heapq
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from recurd import wire
+from recurd.errors import BREAKING, Broken, Code, Refused
+
+if TYPE_CHECKING:
+    from recurd.engine import Lane
+    from recurd.peers import Peer
+
+#: Slot of a stream that has ended.
+NO_SLOT = -1
+_NO_DATA = np.zeros(0)
+
+
+class Chunk:
+    """A numbered record in a stream's queue: a chunk of steps, or (``is_reset``, without steps) a reset."""
+
+    __slots__ = ("arrived", "data", "fresh", "generation", "is_reset", "outputs", "seq", "steps", "taken")
+
+    def __init__(
+        self, seq: int, generation: int, arrived: float, steps: int, data: npt.NDArray[Any] = _NO_DATA
+    ) -> None:
+        self.seq = seq
+        self.generation = generation
+        self.arrived = arrived
+        self.steps = steps
+        #: All steps one after another, ``[steps * width]``.
+        self.data = data
+        self.is_reset = steps == 0
+        #: Steps already given to a tick.
+        self.taken = 0
+        #: Whether its first step started from the initial state.
+        self.fresh = False
+        #: Per head the bytes of the slices that have run.
+        self.outputs: list[list[bytes]] = []
+
+
+class Answer(NamedTuple):
+    """A retained answer: what a duplicate of record ``seq`` gets again."""
+
+    seq: int
+    generation: int
+    record: wire.Record
+
+
+class Stream:
+    """One stream. Owned by :class:`Streams`."""
+
+    __slots__ = (
+        "accepted",
+        "acked",
+        "answered",
+        "answers",
+        "closing",
+        "first_generation",
+        "fresh",
+        "generation",
+        "handle",
+        "idle_timeout",
+        "lane",
+        "last_seen",
+        "name",
+        "peer",
+        "queue",
+        "running",
+        "slot",
+        "tenant",
+        "untouched",
+    )
+
+    def __init__(
+        self, *, tenant: str, name: str, handle: int, lane: "Lane", slot: int, generation: int, idle_timeout: float
+    ) -> None:
+        self.tenant = tenant
+        self.name = name
+        self.handle = handle
+        self.lane = lane
+        self.slot = slot
+        self.idle_timeout = idle_timeout
+        # Order. seq of the record last accepted, last answered, and last acknowledged by the client.
+        self.accepted = 0
+        self.answered = 0
+        self.acked = 0
+        #: Generation after all accepted resets; records carry it.
+        self.generation = generation
+        #: Generation when seq 1 was: anything older belongs to a former life of the name.
+        self.first_generation = generation
+        # Work. Records accepted and not answered yet, oldest first; short (at most the credit), so a list.
+        self.queue: list[Chunk] = []
+        #: Whether a tick holds a row of it. A stream is in the lane's line, or in a tick, or has nothing to run.
+        self.running = False
+        #: Whether the next step starts from the initial state.
+        self.fresh = True
+        #: No step has been taken since the fresh start.
+        self.untouched = True
+        self.answers: list[Answer] = []
+        # Connection.
+        self.peer: Peer | None = None
+        self.last_seen = 0.0
+        #: Header of the CLOSE that waits for the queue to run empty.
+        self.closing: wire.Header | None = None
+
+    def acknowledge(self, ack: int) -> None:
+        """Forget the answers up to ``ack`` (never beyond what was answered)."""
+        if ack > self.acked:
+            self.acked = min(ack, self.answered)
+            answers = self.answers
+            while answers and answers[0].seq <= self.acked:
+                del answers[0]
+
+    def is_next(self, header: wire.Header, credit: int) -> bool:
+        """Whether a record is the next in order (True) or a duplicate (False). Raises :class:`Refused`."""
+        seq = header.seq
+        if seq == self.accepted + 1:
+            if header.generation != self.generation:
+                raise self._stale(header)
+            if seq - self.acked > credit:
+                raise Refused(
+                    Code.CREDIT,
+                    f"{seq - self.acked} records would be in flight, {credit} are granted; acknowledge results",
+                    expected=seq,
+                    retry_after_seconds=0.0,
+                )
+            return True
+        if header.generation < self.first_generation or header.generation > self.generation:
+            raise self._stale(header)
+        if 0 < seq <= self.accepted:
+            return False
+        raise Refused(Code.GAP, f"record {seq} came, {self.accepted + 1} is the next", expected=self.accepted + 1)
+
+    def _stale(self, header: wire.Header) -> Refused:
+        return Refused(
+            Code.STALE,
+            f"generation {header.generation} is not the stream's ({self.generation})",
+            expected=self.accepted + 1,
+            generation=self.generation,
+        )
+
+    def retained(self, header: wire.Header) -> wire.Record | None:
+        """The answer for a duplicate, or ``None`` when its one answer is still to come."""
+        if header.seq > self.answered:
+            return None
+        for answer in self.answers:
+            if answer.seq == header.seq:
+                if answer.generation != header.generation and header.type == wire.Type.CHUNK:
+                    raise self._stale(header)
+                first, payload = answer.record
+                flags = first[4] | wire.Flag.DUPLICATE
+                return first[:4] + bytes((flags,)) + first[5:], payload
+        kind = wire.Type.RESULT if header.type == wire.Type.CHUNK else wire.Type.DONE
+        flags = wire.Flag.DUPLICATE | wire.Flag.GONE
+        return wire.pack(
+            kind, flags=flags, generation=header.generation, handle=self.handle, seq=header.seq, ack=self.accepted
+        ), b""
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """How a stream ended: what a late record or OPEN is told."""
+
+    tenant: str
+    name: str
+    code: Code
+    generation: int
+    last_seq: int
+
+    def error(self) -> Refused | Broken:
+        """The error for who comes late."""
+        text = f"stream '{self.name}' " + _ENDINGS[self.code]
+        if self.code not in BREAKING:
+            return Refused(self.code, text)
+        return Broken(self.code, text, generation=self.generation, last_seq=self.last_seq)
+
+
+_ENDINGS = {
+    Code.CLOSED: "was closed",
+    Code.REPLACED: "was opened anew; its former state is gone",
+    Code.EXPIRED: "was idle for longer than its time-out; its state is gone",
+    Code.FAILED: "was in a run of the model that failed; its state is gone",
+}
+
+
+class Streams:
+    """All streams, by handle and by name inside a tenant, the order in which they expire, and how ended ones ended."""
+
+    def __init__(self, first_handle: int, *, max_ended: int) -> None:
+        self._next_handle = first_handle
+        self._max_ended = max_ended
+        self._by_handle: dict[int, Stream] = {}
+        self._by_name: dict[tuple[str, str], Stream] = {}
+        self._per_tenant: dict[str, int] = {}
+        # Each stream stands once in the heap, with a time not later than its expiry; looked at again when that comes.
+        self._expiry: list[tuple[float, int]] = []
+        self._ended: OrderedDict[int, Ended] = OrderedDict()
+        self._ended_names: dict[tuple[str, str], int] = {}
+
+    def __len__(self) -> int:
+        return len(self._by_handle)
+
+    def count(self, tenant: str) -> int:
+        """Streams of a tenant."""
+        return self._per_tenant.get(tenant, 0)
+
+    def find(self, header: wire.Header, peer: "Peer") -> Stream:
+        """The stream of a record from a peer. Raises :class:`Refused` or :class:`Broken` with why there is none."""
+        stream = self._by_handle.get(header.handle)
+        if stream is not None and stream.peer is peer:
+            return stream
+        if stream is not None and stream.tenant == peer.tenant:
+            raise Refused(Code.DETACHED, f"stream '{stream.name}' was opened on another connection since")
+        ended = self._ended.get(header.handle)
+        if ended is not None and ended.tenant == peer.tenant:
+            raise ended.error()
+        raise Refused(Code.UNKNOWN_HANDLE, f"no stream has handle {header.handle} here; open it")
+
+    def named(self, tenant: str, name: str) -> Stream | None:
+        """A tenant's stream by name."""
+        return self._by_name.get((tenant, name))
+
+    def ending(self, tenant: str, name: str) -> Ended | None:
+        """How the last stream of this name ended, when it is remembered."""
+        handle = self._ended_names.get((tenant, name))
+        return None if handle is None else self._ended[handle]
+
+    def add(
+        self, *, tenant: str, name: str, lane: "Lane", slot: int, generation: int, idle_timeout: float, now: float
+    ) -> Stream:
+        """Start a stream in a slot; the tenant has none of this name."""
+        stream = Stream(
+            tenant=tenant,
+            name=name,
+            handle=self._next_handle,
+            lane=lane,
+            slot=slot,
+            generation=generation,
+            idle_timeout=idle_timeout,
+        )
+        stream.last_seen = now
+        self._next_handle += 1
+        self._by_handle[stream.handle] = self._by_name[tenant, name] = stream
+        self._per_tenant[tenant] = self._per_tenant.get(tenant, 0) + 1
+        self.watch(stream)
+        return stream
+
+    def watch(self, stream: Stream) -> None:
+        """Put a stream into the order of expiry."""
+        heapq.heappush(self._expiry, (stream.last_seen + stream.idle_timeout, stream.handle))
+
+    def detach(self, handle: int) -> None:
+        """The stream's connection is gone."""
+        self._by_handle[handle].peer = None
+
+    def end(self, stream: Stream, code: Code) -> Ended:
+        """Forget a stream and remember how it ended. Its slot and its queue are the caller's."""
+        key = (stream.tenant, stream.name)
+        del self._by_handle[stream.handle], self._by_name[key]
+        left = self._per_tenant[stream.tenant] - 1
+        if left:
+            self._per_tenant[stream.tenant] = left
+        else:
+            del self._per_tenant[stream.tenant]
+        ended = self._ended[stream.handle] = Ended(*key, code, stream.generation, stream.accepted)
+        self._ended_names[key] = stream.handle
+        while len(self._ended) > self._max_ended:
+            handle, oldest = self._ended.popitem(last=False)
+            if self._ended_names.get((oldest.tenant, oldest.name)) == handle:
+                del self._ended_names[oldest.tenant, oldest.name]
+        return ended
+
+    def expired(self, now: float) -> list[Stream]:
+        """Streams whose idle time-out has passed; the caller ends them. Amortised over records, never a scan of all."""
+        due = []
+        while self._expiry and self._expiry[0][0] <= now:
+            _, handle = heapq.heappop(self._expiry)
+            stream = self._by_handle.get(handle)
+            if stream is None:
+                continue
+            if stream.queue:
+                stream.last_seen = now
+            if stream.last_seen + stream.idle_timeout <= now:
+                due.append(stream)
+            else:
+                self.watch(stream)
+        return due
+
+    def deadline(self) -> float | None:
+        """When :meth:`expired` should be asked next."""
+        return self._expiry[0][0] if self._expiry else None
