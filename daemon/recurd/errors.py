@@ -6,7 +6,7 @@
     │   ├── ContractError     a model file is missing, broken or has no contract (exit 65)
     │   ├── DeviceError       the device asked for cannot be had                (exit 69)
     │   ├── AddressError      an address cannot be bound                        (exit 75)
-    │   └── ExportError       a model cannot be exported (recurd_export.errors)  (exit 73)
+    │   └── ExportError       a model cannot be exported (recurd_export.errors)  (exit 70)
     ├── Refused(code)         this request was refused; nothing happened, the stream lives
     ├── Broken(code)          the stream's state is lost; only a new start helps
     └── Unanswered            no answer within the time-out (raised by clients only)
@@ -26,8 +26,6 @@ class ExitCode(IntEnum):
     USAGE = 2
     CONTRACT = 65
     DEVICE = 69
-    EXPORT = 70
-    EXPORT = 73
     ADDRESS = 75
     CONFIG = 78
 
