@@ -1,0 +1,127 @@
+"""What a model takes and gives, as a client needs it: arrays <-> payloads, checked against the public contract.
+
+Made from the contract that WELCOME tells (a dictionary, ``contract.Contract.public()``). Knows no onnx, so that a
+client needs numpy and msgspec alone.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from recurd import wire
+from recurd.errors import Code, Refused
+
+Array = npt.NDArray[Any]
+#: One head: its array. Several heads: a dictionary of arrays by head name.
+Result = Array | dict[str, Array]
+
+
+class Payload(NamedTuple):
+    """One chunk, ready for the wire."""
+
+    data: bytes
+    steps: int
+    width: int
+    dtype: wire.Dtype
+
+
+class _Input(msgspec.Struct, frozen=True):
+    dtype: str
+    shape: tuple[int, ...]
+    features: tuple[str, ...] = ()
+
+
+class Head(msgspec.Struct, frozen=True):
+    """One output of the model."""
+
+    name: str
+    shape: tuple[int, ...]
+    per: str = "step"
+    labels: tuple[str, ...] = ()
+
+    @property
+    def width(self) -> int:
+        """Elements of one step."""
+        return math.prod(self.shape)
+
+
+class _Contract(msgspec.Struct, frozen=True):
+    input: _Input
+    heads: tuple[Head, ...]
+    causal: bool = True
+
+
+class Signature:
+    """Input and heads of one model. Immutable; shared by all streams of the model."""
+
+    def __init__(self, contract: dict[str, Any]) -> None:
+        fields = msgspec.convert(contract, _Contract)
+        self.contract = contract
+        self.heads = fields.heads
+        #: Shape of one step: ``(features,)``, or ``()`` for token ids.
+        self.shape = fields.input.shape
+        self.width = math.prod(self.shape)
+        self.features = fields.input.features
+        #: Whether the results do not depend on how a stream is cut into chunks.
+        self.chunk_local = fields.causal and all(head.per == "step" for head in self.heads)
+        self._wire_dtype = wire.DTYPES[fields.input.dtype]
+        self._dtype = wire.NUMPY_TYPES[self._wire_dtype]
+
+    def payload(self, x: npt.ArrayLike) -> Payload:
+        """A chunk ``[steps, *shape]`` as it goes over the wire.
+
+        A model with one feature a step takes ``[steps]`` too. Numbers are converted where that keeps their meaning: any
+        real number to float32, integers to int64.
+
+        Raises:
+            TypeError: not numbers, or floating-point numbers for a model that takes token ids.
+            ValueError: not of that shape.
+        """
+        array = np.asarray(x)
+        if array.dtype != self._dtype:
+            array = self._convert(array)
+        if array.shape[1:] != self.shape or array.ndim == 0:
+            if self.width != 1 or array.ndim != 1:
+                raise ValueError(f"a chunk of this model is {self._expected()}, this one is {list(array.shape)}")
+            array = array.reshape(-1, *self.shape)
+        return Payload(array.tobytes(), len(array), self.width, self._wire_dtype)
+
+    def _convert(self, array: Array) -> Array:
+        if array.dtype.kind not in "biuf" or not np.can_cast(array.dtype, self._dtype, "same_kind"):
+            raise TypeError(
+                f"this model takes {self._dtype.name}, and {array.dtype} cannot be converted to that safely"
+            )
+        with np.errstate(over="ignore"):  # becomes infinite, which the daemon refuses with a code of its own
+            return array.astype(self._dtype)
+
+    def _expected(self) -> str:
+        names = ", ".join(["steps", *map(str, self.shape)])
+        return f"[{names}] {self._dtype.name}" + (" (or [steps])" if self.shape == (1,) else "")
+
+    def result(self, header: wire.Header, payload: memoryview) -> Result:
+        """The heads of a RESULT: ``[steps, *shape]`` each, ``[*shape]`` for a head that gives one output a chunk.
+
+        The arrays are the caller's own. Raises :class:`Refused` (``bad_frame``) when the payload is not the contract's.
+        """
+        dtype = wire.NUMPY_TYPES.get(header.dtype)  # type: ignore[call-overload]  # an IntEnum's keys are found by int
+        steps = [header.steps if head.per == "step" else 1 for head in self.heads]
+        elements = sum(n * head.width for n, head in zip(steps, self.heads, strict=True))
+        if dtype is None or elements * dtype.itemsize != len(payload):
+            raise Refused(Code.BAD_FRAME, "a result came that does not fit the model's contract")
+        flat = np.frombuffer(payload, dtype).copy()  # a view would keep the whole frame alive, and be read-only
+        if len(self.heads) == 1:
+            return _shaped(flat, header.steps, self.heads[0])
+        outputs: dict[str, Array] = {}
+        start = 0
+        for head, count in zip(self.heads, steps, strict=True):
+            end = start + count * head.width
+            outputs[head.name] = _shaped(flat[start:end], header.steps, head)
+            start = end
+        return outputs
+
+
+def _shaped(flat: Array, steps: int, head: Head) -> Array:
+    return flat.reshape((steps, *head.shape) if head.per == "step" else head.shape)

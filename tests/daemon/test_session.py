@@ -1,0 +1,759 @@
+"""The client's core against a model of the daemon's side of the protocol, with a network that loses and delays by order."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from recurd import wire
+from recurd.errors import Broken, Code, RecurdError, Refused
+from recurd.session import Limits, Session
+from recurd.signature import Payload
+from recurd.writer import Record, Writer
+
+CONTRACT = {
+    "name": "sum",
+    "input": {"dtype": "float32", "shape": [1]},
+    "heads": [{"name": "total", "dtype": "float32", "shape": [1]}],
+}
+
+
+# --- the daemon's side -------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Life:
+    """What the reference daemon knows of one stream: a running sum is its state."""
+
+    handle: int
+    generation: int = 1
+    peer: int | None = None
+    accepted: int = 0
+    total: float = 0.0
+    answers: dict[int, wire.Record] = field(default_factory=dict)
+    queue: list[tuple[wire.Header, np.ndarray]] = field(default_factory=list)
+
+
+class Reference:
+    """The protocol's server side in the fewest words: no limits, no time, answers when told to."""
+
+    def __init__(self, start: int, credit: int = 4) -> None:
+        self.epoch = start
+        self.credit = credit
+        self.busy = False
+        self.refuse_opens: Code | None = None
+        self.greeted: set[int] = set()
+        self.lives: dict[str, Life] = {}
+        self.ended: dict[int, Code] = {}
+        self.replies: list[tuple[int, bytes]] = []
+
+    def receive(self, frame: bytes, peer: int) -> None:
+        header, payload = wire.decode(frame)
+        if header.type != wire.Type.HELLO and peer not in self.greeted:
+            return self.refuse(peer, header, Code.HELLO_REQUIRED)
+        if header.type == wire.Type.MULTI:
+            for record_header, record_payload in wire.decode_multi(header, payload):
+                self.on_record(record_header, record_payload, peer)
+            return None
+        actions: dict[int, Callable[[wire.Header, memoryview, int], None]] = {
+            wire.Type.HELLO: self.on_hello,
+            wire.Type.OPEN: self.on_open,
+            wire.Type.CHUNK: self.on_record,
+            wire.Type.RESET: self.on_record,
+            wire.Type.CLOSE: self.on_close,
+            wire.Type.PING: lambda header, _, peer: self.say(peer, (wire.pack(wire.Type.PONG, seq=header.seq), b"")),
+        }
+        actions[header.type](header, payload, peer)
+        return None
+
+    def say(self, peer: int, record: wire.Record) -> None:
+        self.replies.append((peer, wire.frame(record)))
+
+    def refuse(self, peer: int, header: wire.Header, code: Code, **more: Any) -> None:
+        body = wire.Error(code=code.word, text="no", in_reply_to=header.type, **more)
+        self.say(peer, wire.control(wire.Type.ERROR, body, code=code, handle=header.handle, seq=header.seq))
+
+    def on_hello(self, header: wire.Header, payload: memoryview, peer: int) -> None:
+        self.greeted.add(peer)
+        welcome = wire.Welcome(
+            server="reference",
+            epoch=str(self.epoch),
+            tenant="local",
+            versions=(1,),
+            credit=self.credit,
+            max_message_bytes=1 << 20,
+            max_chunk_steps=100,
+            peer_timeout_seconds=60.0,
+            device={},
+            models={"sum": CONTRACT},
+        )
+        self.say(peer, wire.control(wire.Type.WELCOME, welcome, seq=header.seq))
+
+    def on_open(self, header: wire.Header, payload: memoryview, peer: int) -> None:
+        request = wire.decode_body(payload, wire.Open)
+        life = self.lives.get(request.stream)
+        if self.refuse_opens:
+            return self.refuse(peer, header, self.refuse_opens, retry_after_seconds=0.5)
+        if request.mode == "resume" and life is None:
+            return self.refuse(peer, header, Code.UNKNOWN_STREAM)
+        if life is None or request.mode == "new":
+            if life is not None:
+                self.ended[life.handle] = Code.REPLACED
+            life = Life(handle=self.epoch * 1000 + len(self.ended) + len(self.lives) + 1)
+            self.lives[request.stream] = life
+        life.peer = peer
+        opened = wire.Opened(
+            stream=request.stream,
+            model="sum",
+            generation=life.generation,
+            last_seq=life.accepted,
+            fresh=life.accepted == 0,
+            credit=self.credit,
+            max_chunk_steps=100,
+            idle_timeout_seconds=60.0,
+        )
+        return self.say(peer, wire.control(wire.Type.OPENED, opened, handle=life.handle, seq=header.seq))
+
+    def on_record(self, header: wire.Header, payload: memoryview, peer: int) -> None:
+        life = next((life for life in self.lives.values() if life.handle == header.handle), None)
+        if life is None:
+            return self.refuse(peer, header, self.ended.get(header.handle, Code.UNKNOWN_HANDLE))
+        if life.peer != peer:
+            return self.refuse(peer, header, Code.DETACHED)
+        for seq in [seq for seq in life.answers if seq <= header.ack]:
+            del life.answers[seq]
+        if header.seq > life.accepted + 1:
+            return self.refuse(peer, header, Code.GAP, expected=life.accepted + 1)
+        if header.seq <= life.accepted:
+            return self.on_duplicate(header, life, peer)
+        if header.generation != life.generation:
+            return self.refuse(peer, header, Code.STALE, generation=life.generation)
+        assert header.seq - header.ack <= self.credit
+        if self.busy:
+            return self.refuse(peer, header, Code.BUSY, expected=header.seq, retry_after_seconds=0.5)
+        steps = np.frombuffer(payload, "<f4")
+        if not np.isfinite(steps).all():
+            return self.refuse(peer, header, Code.NOT_FINITE)
+        life.accepted = header.seq
+        life.generation += header.type == wire.Type.RESET
+        life.queue.append((header, steps))
+        return None
+
+    def on_duplicate(self, header: wire.Header, life: Life, peer: int) -> None:
+        if header.seq in life.answers:
+            first, payload = life.answers[header.seq]
+            self.say(peer, (first[:4] + bytes([first[4] | wire.Flag.DUPLICATE]) + first[5:], payload))
+        elif header.seq <= header.ack:
+            raise AssertionError("the client asks for what it acknowledged")
+
+    def on_close(self, header: wire.Header, payload: memoryview, peer: int) -> None:
+        life = next((life for life in self.lives.values() if life.handle == header.handle), None)
+        if life is None:
+            return self.refuse(peer, header, self.ended.get(header.handle, Code.UNKNOWN_HANDLE))
+        if life.peer != peer:
+            return self.refuse(peer, header, Code.DETACHED)
+        assert not life.queue
+        self.lives = {name: other for name, other in self.lives.items() if other is not life}
+        self.ended[header.handle] = Code.CLOSED
+        return self.say(peer, (wire.pack(wire.Type.CLOSED, seq=header.seq), b""))
+
+    def work(self) -> bool:
+        """Answer one record of every stream; whether there was one."""
+        worked = False
+        for life in self.lives.values():
+            if life.queue:
+                self.answer(life, *life.queue.pop(0))
+                worked = True
+        return worked
+
+    def answer(self, life: Life, header: wire.Header, steps: np.ndarray) -> None:
+        is_reset = header.type == wire.Type.RESET
+        sums = (life.total + np.cumsum(steps)).astype("<f4")
+        life.total = 0.0 if is_reset else float(sums[-1])
+        record = wire.pack(
+            wire.Type.DONE if is_reset else wire.Type.RESULT,
+            dtype=0 if is_reset else wire.Dtype.FLOAT32,
+            size=sums.nbytes,
+            steps=len(sums),
+            width=1,
+            generation=header.generation + is_reset,
+            handle=life.handle,
+            seq=header.seq,
+            ack=life.accepted,
+        )
+        life.answers[header.seq] = (record, sums.tobytes())
+        if life.peer is not None:
+            self.say(life.peer, life.answers[header.seq])
+
+
+# --- the two together ----------------------------------------------------------------------------------------------------
+
+
+class Pair:
+    """A session and a daemon with the network between them in our hands; ``outcomes`` has every answer by its token."""
+
+    def __init__(self, credit: int = 4) -> None:
+        self.now = 0.0
+        self.credit = credit
+        self.daemon = Reference(start=1, credit=credit)
+        self.session = Session("welcome", self.now, Limits())
+        self.outcomes: dict[str, Any] = {}
+        self.peer = 0
+        self.up: list[bytes] = []
+        self.down: list[bytes] = []
+        self.late: list[tuple[int, bytes]] = []
+        self.sent: list[wire.Header] = []
+
+    def collect(self) -> None:
+        for token, value, error in self.session.take_answers():
+            assert token not in self.outcomes, f"{token} was answered twice"
+            self.outcomes[token] = error if error is not None else value
+
+    def turn(self) -> None:
+        """What a driver does after everything."""
+        if self.session.wants_connection(self.now):
+            self.connect()
+        frames = self.session.frames_to_send(self.now)
+        if not self.session.is_connected:
+            self.lose()
+        for frame in frames:
+            header, payload = wire.decode(frame)
+            is_multi = header.type == wire.Type.MULTI
+            self.sent += [h for h, _ in wire.decode_multi(header, payload)] if is_multi else [header]
+        self.up += frames
+        self.collect()
+
+    def connect(self) -> None:
+        self.lose()
+        self.peer += 1
+        self.session.connected(self.now)
+
+    def lose(self) -> None:
+        """What was on the way is lost; the daemon may still read what had reached its socket."""
+        self.late += [(self.peer, frame) for frame in self.up]
+        self.up, self.down = [], []
+
+    def deliver_up(self, count: int = 1_000_000) -> None:
+        frames, self.up = self.up[:count], self.up[count:]
+        for frame in frames:
+            self.daemon.receive(frame, self.peer)
+
+    def deliver_late(self) -> None:
+        frames, self.late = self.late, []
+        for peer, frame in frames:
+            self.daemon.receive(frame, peer)
+
+    def deliver_down(self, count: int = 1_000_000) -> None:
+        replies, self.daemon.replies = self.daemon.replies, []
+        self.down += [frame for peer, frame in replies if peer == self.peer]
+        frames, self.down = self.down[:count], self.down[count:]
+        for frame in frames:
+            self.session.receive(frame, self.now)
+            if not self.session.is_connected:
+                self.lose()
+                break
+        self.turn()
+
+    def disconnect(self) -> None:
+        self.session.disconnected(self.now)
+        self.lose()
+        self.turn()
+
+    def restart_daemon(self) -> None:
+        self.daemon = Reference(self.daemon.epoch + 1, self.credit)
+        self.late = []
+        self.disconnect()
+
+    def pass_time(self, seconds: float) -> None:
+        self.now += seconds
+        self.turn()
+
+    def exchange(self) -> None:
+        """Let both sides talk and work until nothing moves any more, without time passing."""
+        self.turn()
+        while True:
+            self.deliver_up()
+            worked = self.daemon.work()
+            if not (worked or self.daemon.replies or self.up or self.down):
+                return
+            self.deliver_down()
+
+    def settle(self) -> None:
+        """Let time pass too until everything is answered."""
+        for _ in range(200):
+            self.exchange()
+            self.pass_time(1.0)
+
+    def open(self, name: str = "s", mode: str = "auto") -> Writer:
+        writer = self.session.open(wire.Open(stream=name, model="sum", mode=mode), f"open {name}")
+        self.turn()
+        return writer
+
+    def push(self, writer: Writer, token: str, *values: float) -> None:
+        payload = Payload(np.array(values, "<f4").tobytes(), len(values), 1, wire.Dtype.FLOAT32)
+        self.session.submit(writer, [Record(token, payload)])
+        self.turn()
+
+    def reset(self, writer: Writer, token: str) -> None:
+        self.session.submit(writer, [Record(token, None)])
+        self.turn()
+
+    def close(self, writer: Writer, token: str) -> None:
+        self.session.close(writer, token)
+        self.turn()
+
+    def totals(self, *tokens: str) -> list[list[float]]:
+        return [self.outcomes[token].ravel().tolist() for token in tokens]
+
+    def code(self, token: str) -> Code:
+        error = self.outcomes[token]
+        assert isinstance(error, Refused | Broken)
+        return error.code
+
+
+@pytest.fixture
+def pair() -> Pair:
+    pair = Pair()
+    pair.exchange()
+    return pair
+
+
+@pytest.fixture
+def writer(pair: Pair) -> Writer:
+    writer = pair.open()
+    pair.exchange()
+    return writer
+
+
+# --- the plain course ----------------------------------------------------------------------------------------------------
+
+
+def test_the_first_welcome_answers_who_connected(pair: Pair) -> None:
+    assert pair.outcomes == {"welcome": None}
+    assert pair.session.welcome is not None
+    assert pair.session.welcome.server == "reference"
+
+
+def test_an_opened_stream_knows_where_it_stands(pair: Pair) -> None:
+    writer = pair.open()
+    pair.exchange()
+    assert pair.outcomes["open s"] is None
+    assert (writer.generation, writer.last_seq, writer.fresh) == (1, 0, True)
+
+
+def test_results_come_for_every_chunk_in_order(pair: Pair, writer: Writer) -> None:
+    pair.push(writer, "a", 1, 2)
+    pair.push(writer, "b", 3)
+    pair.exchange()
+    assert pair.totals("a", "b") == [[1, 3], [6]]
+    assert (writer.last_seq, writer.fresh) == (2, False)
+
+
+def test_chunks_of_many_streams_leave_in_one_frame(pair: Pair) -> None:
+    writers = [pair.open(f"s{n}") for n in range(10)]
+    pair.exchange()
+    payload = Payload(np.ones(1, "<f4").tobytes(), 1, 1, wire.Dtype.FLOAT32)
+    for n, writer in enumerate(writers):
+        pair.session.submit(writer, [Record(f"r{n}", payload)])
+    frames = pair.session.frames_to_send(pair.now)
+    assert len(frames) == 1
+    assert wire.decode(frames[0])[0].steps == 10
+
+
+def test_no_more_than_the_credit_is_in_flight(pair: Pair, writer: Writer) -> None:
+    for n in range(10):
+        pair.push(writer, f"r{n}", 1)
+    assert [header.seq for header in pair.sent if header.type == wire.Type.CHUNK] == [1, 2, 3, 4]
+    pair.exchange()
+    assert pair.totals("r9") == [[10]]
+
+
+def test_acknowledgements_follow_the_results(pair: Pair, writer: Writer) -> None:
+    pair.push(writer, "a", 1)
+    pair.exchange()
+    pair.push(writer, "b", 1)
+    assert (pair.sent[-1].seq, pair.sent[-1].ack) == (2, 1)
+
+
+def test_records_after_a_reset_carry_the_next_generation(pair: Pair, writer: Writer) -> None:
+    pair.push(writer, "a", 5)
+    pair.reset(writer, "reset")
+    pair.push(writer, "b", 1)
+    assert [header.generation for header in pair.sent[-3:]] == [1, 1, 2]
+    pair.exchange()
+    assert pair.outcomes["reset"] is None
+    assert pair.totals("b") == [[1]]
+    assert writer.generation == 2
+
+
+def test_a_close_waits_for_everything_before_it(pair: Pair, writer: Writer) -> None:
+    pair.push(writer, "a", 1)
+    pair.close(writer, "close")
+    assert pair.sent[-1].type == wire.Type.CHUNK
+    pair.exchange()
+    assert pair.totals("a") == [[1]]
+    assert pair.outcomes["close"] is None
+    pair.push(writer, "late", 1)
+    assert isinstance(pair.outcomes["late"], RecurdError)
+
+
+def test_a_stream_is_open_once_on_a_client_and_again_after_its_close(pair: Pair, writer: Writer) -> None:
+    second = pair.session.open(wire.Open(stream="s", model="sum"), "again")
+    pair.collect()
+    assert isinstance(pair.outcomes.pop("again"), RecurdError)
+    assert second.error is not None
+    pair.close(writer, "close")
+    pair.exchange()
+    pair.session.open(wire.Open(stream="s", model="sum"), "again")
+    pair.exchange()
+    assert pair.outcomes["again"] is None
+
+
+# --- connections that break ----------------------------------------------------------------------------------------------
+
+
+def test_what_was_unanswered_is_sent_again_with_its_old_number(pair: Pair, writer: Writer) -> None:
+    pair.push(writer, "a", 1)
+    pair.exchange()
+    pair.push(writer, "b", 2)
+    pair.push(writer, "c", 3)
+    pair.deliver_up(1)  # b arrives, c does not; no answer comes back
+    pair.disconnect()
+    pair.late = []
+    pair.sent = []
+    pair.settle()
+    assert [(h.type, h.seq) for h in pair.sent if h.type == wire.Type.CHUNK] == [(3, 2), (3, 3)]
+    assert pair.totals("a", "b", "c") == [[1], [3], [6]]
+
+
+def test_answers_lost_on_a_living_connection_are_asked_for_again(pair: Pair, writer: Writer) -> None:
+    pair.push(writer, "a", 1)
+    pair.push(writer, "b", 1)
+    pair.deliver_up()
+    while pair.daemon.work():
+        pair.daemon.replies.clear()
+    connections = pair.session.connections
+    pair.settle()
+    assert pair.totals("a", "b") == [[1], [2]]
+    assert pair.session.connections == connections
+
+
+def test_an_opened_that_was_lost_is_asked_for_again(pair: Pair) -> None:
+    writer = pair.open()
+    pair.deliver_up()
+    pair.daemon.replies.clear()
+    pair.push(writer, "a", 1)
+    pair.settle()
+    assert pair.totals("a") == [[1]]
+
+
+def test_an_open_without_answer_is_sent_again_as_it_was(pair: Pair) -> None:
+    pair.open(mode="new")
+    pair.disconnect()
+    pair.settle()
+    assert pair.outcomes["open s"] is None
+
+
+def test_a_late_open_from_a_lost_connection_does_not_take_the_stream_away(pair: Pair) -> None:
+    writer = pair.open()
+    pair.disconnect()  # the OPEN is still in the daemon's socket
+    pair.pass_time(1)
+    pair.exchange()
+    pair.deliver_late()
+    pair.push(writer, "a", 1)
+    pair.settle()
+    assert pair.totals("a") == [[1]]
+
+
+def test_a_silent_connection_is_made_anew(pair: Pair, writer: Writer) -> None:
+    pair.push(writer, "a", 1)
+    connections = pair.session.connections
+    for _ in range(40):
+        pair.up, pair.down = [], []
+        pair.pass_time(1.0)
+        if pair.session.connections > connections:
+            break
+    pair.settle()
+    assert pair.totals("a") == [[1]]
+
+
+def test_an_idle_connection_is_kept_alive_by_pings(pair: Pair, writer: Writer) -> None:
+    connections = pair.session.connections
+    last_heard = pair.now
+    for _ in range(300):
+        pair.pass_time(1.0)
+        if pair.up:
+            last_heard = pair.now
+        assert pair.now - last_heard < 60  # peer_timeout_seconds
+        pair.exchange()
+    assert pair.session.connections == connections
+
+
+def test_a_daemon_that_forgot_the_connection_is_greeted_again(pair: Pair, writer: Writer) -> None:
+    pair.daemon.greeted.clear()
+    pair.push(writer, "a", 1)
+    pair.settle()
+    assert pair.totals("a") == [[1]]
+
+
+def test_a_restarted_daemon_breaks_its_streams_and_says_so(pair: Pair, writer: Writer) -> None:
+    pair.push(writer, "a", 1)
+    pair.exchange()
+    pair.push(writer, "b", 1)
+    pair.restart_daemon()
+    pair.settle()
+    assert pair.code("b") is Code.UNKNOWN_STREAM
+    assert isinstance(pair.outcomes["b"], Broken)
+    pair.push(writer, "c", 1)
+    assert isinstance(pair.outcomes["c"], Broken)
+    pair.outcomes.clear()
+    again = pair.open()
+    pair.push(again, "d", 4)
+    pair.settle()
+    assert pair.totals("d") == [[4]]
+
+
+def test_a_daemon_that_knows_less_than_was_answered_breaks_the_stream(pair: Pair, writer: Writer) -> None:
+    for n in range(3):
+        pair.push(writer, f"r{n}", 1)
+    pair.exchange()
+    pair.daemon.lives["s"].accepted = 2  # restored from an old copy
+    pair.disconnect()
+    pair.settle()
+    pair.push(writer, "next", 1)
+    pair.settle()
+    assert isinstance(pair.outcomes["next"], Broken)
+
+
+def test_a_fresh_start_by_another_client_breaks_the_stream(pair: Pair, writer: Writer) -> None:
+    pair.push(writer, "a", 1)
+    pair.exchange()
+    life = pair.daemon.lives["s"]
+    life.generation, life.accepted = 2, 1  # opened anew, reset, whatever: not the life we know
+    pair.disconnect()
+    pair.settle()
+    pair.push(writer, "b", 1)
+    assert pair.code("b") is Code.STALE
+
+
+def test_a_close_that_was_carried_out_before_the_connection_broke_is_done(pair: Pair, writer: Writer) -> None:
+    pair.close(writer, "close")
+    pair.deliver_up()
+    pair.disconnect()
+    pair.settle()
+    assert pair.outcomes["close"] is None
+
+
+def test_who_was_taken_over_by_another_client_is_told_and_does_not_fight(pair: Pair, writer: Writer) -> None:
+    pair.daemon.lives["s"].peer = 99
+    pair.push(writer, "a", 1)
+    pair.push(writer, "b", 1)
+    pair.settle()
+    assert pair.code("a") is pair.code("b") is Code.DETACHED
+    assert pair.daemon.lives["s"].peer == 99
+
+
+def test_a_result_of_another_clients_chunk_is_not_taken_for_ours(pair: Pair, writer: Writer) -> None:
+    life = pair.daemon.lives["s"]
+    life.accepted = 1
+    life.answers[1] = (wire.pack(wire.Type.RESULT, dtype=1, size=4, steps=1, handle=life.handle, seq=1), b"\0" * 4)
+    pair.push(writer, "a", 1)
+    pair.settle()
+    assert pair.code("a") is Code.DETACHED
+
+
+# --- refusals ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_refused_chunk_fails_alone_and_those_behind_it_run(pair: Pair, writer: Writer) -> None:
+    pair.push(writer, "a", 1)
+    pair.push(writer, "bad", math.nan)
+    pair.push(writer, "b", 2)
+    pair.reset(writer, "reset")
+    pair.push(writer, "c", 3)
+    pair.exchange()
+    assert pair.code("bad") is Code.NOT_FINITE
+    assert pair.totals("a", "b", "c") == [[1], [3], [3]]
+    assert writer.last_seq == 4
+
+
+def test_two_refused_chunks_in_one_pipeline_fail_each_alone(pair: Pair, writer: Writer) -> None:
+    for token, value in (("x", math.nan), ("a", 1), ("y", math.nan), ("b", 2), ("z", math.nan), ("c", 3)):
+        pair.push(writer, token, value)
+    pair.exchange()
+    assert pair.totals("a", "b", "c") == [[1], [3], [6]]
+    assert {pair.code(token) for token in "xyz"} == {Code.NOT_FINITE}
+
+
+def test_a_busy_daemon_gets_the_same_chunk_again_after_the_time_it_named(pair: Pair, writer: Writer) -> None:
+    pair.daemon.busy = True
+    pair.push(writer, "a", 1)
+    pair.push(writer, "b", 1)
+    pair.exchange()
+    pair.daemon.busy = False
+    sent = len(pair.sent)
+    pair.pass_time(0.4)
+    assert len(pair.sent) == sent
+    deadline = pair.session.deadline()
+    assert deadline is not None
+    assert deadline <= 0.5
+    pair.pass_time(0.1)
+    pair.exchange()
+    assert pair.totals("a", "b") == [[1], [2]]
+
+
+def test_a_refusal_just_before_the_connection_breaks_leaves_no_hole(pair: Pair, writer: Writer) -> None:
+    pair.push(writer, "a", 1)
+    pair.push(writer, "bad", math.nan)
+    pair.push(writer, "b", 2)
+    pair.deliver_up()
+    pair.deliver_down(1)  # the refusal, not the gap behind it
+    assert pair.code("bad") is Code.NOT_FINITE
+    pair.disconnect()
+    pair.settle()
+    assert pair.totals("a", "b") == [[1], [3]]
+
+
+def test_errors_behind_a_refusal_that_are_lost_do_not_stop_the_stream(pair: Pair, writer: Writer) -> None:
+    pair.push(writer, "bad", math.nan)
+    pair.push(writer, "b", 2)
+    pair.deliver_up()
+    pair.deliver_down(1)
+    pair.down.clear()
+    pair.settle()
+    assert pair.totals("b") == [[2]]
+
+
+def test_an_open_that_is_refused_fails_and_leaves_no_stream(pair: Pair) -> None:
+    pair.daemon.refuse_opens = Code.NO_SLOTS
+    pair.open()
+    pair.exchange()
+    assert pair.code("open s") is Code.NO_SLOTS
+    assert pair.daemon.lives == {}
+
+
+def test_an_open_that_is_too_early_is_tried_again(pair: Pair) -> None:
+    pair.daemon.refuse_opens = Code.BUSY
+    pair.open()
+    pair.exchange()
+    pair.daemon.refuse_opens = None
+    pair.settle()
+    assert pair.outcomes["open s"] is None
+
+
+def test_a_session_that_ends_leaves_nothing_unresolved(pair: Pair, writer: Writer) -> None:
+    pair.push(writer, "a", 1)
+    pair.close(writer, "close")
+    pair.open("other")
+    pair.session.end(RecurdError("over"))
+    pair.open("too late")
+    assert {token for token, error in pair.outcomes.items() if isinstance(error, RecurdError)} == {
+        "a",
+        "open other",
+        "open too late",
+    }
+    assert "close" in pair.outcomes
+
+
+# --- what does not speak our protocol ------------------------------------------------------------------------------------
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.binary(max_size=120), max_size=5), st.integers(0, 255), st.integers(0, 255))
+def test_whatever_comes_never_raises_and_is_survived(frames: list[bytes], kind: int, flags: int) -> None:
+    pair = Pair()
+    pair.exchange()
+    writer = pair.open()
+    pair.push(writer, "a", 1)
+    for body in frames:
+        for frame in (body, wire.pack(kind, flags=flags, size=len(body), handle=1001, seq=1, generation=1) + body):
+            pair.session.receive(frame, pair.now)
+            pair.turn()
+    pair.settle()
+    assert "a" in pair.outcomes
+
+
+# --- anything in any order -----------------------------------------------------------------------------------------------
+
+_STREAMS = ("s", "t")
+_OPERATIONS = st.one_of(
+    st.tuples(st.just("push"), st.sampled_from(_STREAMS), st.integers(1, 9)),
+    st.tuples(st.just("push"), st.sampled_from(_STREAMS), st.integers(1, 9)),
+    st.tuples(st.just("push"), st.sampled_from(_STREAMS), st.just(math.nan)),
+    st.tuples(st.just("reset"), st.sampled_from(_STREAMS)),
+    st.tuples(st.just("close"), st.sampled_from(_STREAMS)),
+    st.tuples(st.just("deliver_up"), st.integers(1, 5)),
+    st.tuples(st.just("deliver_down"), st.integers(1, 5)),
+    st.tuples(st.just("work")),
+    st.tuples(st.just("disconnect")),
+    st.tuples(st.just("deliver_late")),
+    st.tuples(st.just("lose_answers")),
+    st.tuples(st.just("busy"), st.booleans()),
+    st.tuples(st.just("pass_time"), st.sampled_from([0.05, 0.5, 6.0])),
+    st.tuples(st.just("restart_daemon")),
+)
+
+
+class Course:
+    """A pair under random operations, with what was asked of each stream in order."""
+
+    def __init__(self, pair: Pair) -> None:
+        self.pair = pair
+        self.writers = {name: pair.open(name) for name in _STREAMS}
+        self.asked: dict[str, list[tuple[str, float | None]]] = {name: [] for name in _STREAMS}
+        self.closes = 0
+
+    def do(self, name: str, *arguments: Any) -> None:
+        if name in ("push", "reset"):
+            stream, *values = arguments
+            token = f"{stream}{len(self.asked[stream])}"
+            self.asked[stream].append((token, *(values or [None])))
+            getattr(self.pair, name)(self.writers[stream], token, *values)
+        elif name == "close":
+            self.closes += 1
+            self.pair.close(self.writers[arguments[0]], f"close {self.closes}")
+        elif name == "work":
+            self.pair.daemon.work()
+        elif name == "lose_answers":
+            self.pair.daemon.replies.clear()
+            self.pair.down.clear()
+        elif name == "busy":
+            self.pair.daemon.busy = arguments[0]
+        else:
+            getattr(self.pair, name)(*arguments)
+
+    def check(self) -> None:
+        """Every answered chunk must show what exactly-once, in-order application of what was not refused gives."""
+        assert all(f"close {n + 1}" in self.pair.outcomes for n in range(self.closes))
+        for stream in _STREAMS:
+            total, over = 0.0, False
+            for token, value in self.asked[stream]:
+                outcome = self.pair.outcomes[token]  # a KeyError is a request that was never answered
+                if isinstance(outcome, Refused) and outcome.code is Code.NOT_FINITE:
+                    assert math.isnan(value or 0.0)
+                elif isinstance(outcome, RecurdError):
+                    over = True
+                else:
+                    assert not over, "a lost stream went on"
+                    total = 0.0 if value is None else total + value
+                    assert value is None or outcome.ravel().tolist() == [total]
+
+
+@settings(max_examples=400, deadline=None)
+@given(operations=st.lists(_OPERATIONS, max_size=60), credit=st.integers(1, 5))
+def test_whatever_happens_each_chunk_runs_once_in_order_and_is_answered_once(
+    operations: list[tuple[Any, ...]], credit: int
+) -> None:
+    pair = Pair(credit)
+    course = Course(pair)
+    for operation in operations:
+        course.do(*operation)
+    pair.daemon.busy = False
+    pair.deliver_late()
+    pair.settle()
+    course.check()
