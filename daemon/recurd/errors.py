@@ -26,6 +26,7 @@ class ExitCode(IntEnum):
     USAGE = 2
     CONTRACT = 65
     DEVICE = 69
+    EXPORT = 70
     ADDRESS = 75
     CONFIG = 78
 
