@@ -66,6 +66,8 @@ class Timeouts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     shutdown_seconds: Seconds = 10.0
     heartbeat_seconds: ShortSeconds = 5.0
     handshake_seconds: ShortSeconds = 5.0
+    stall_seconds: Seconds = 30.0
+    http_seconds: Seconds = 5.0
 
 
 class ZeroMQ(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -184,10 +186,6 @@ def _check(config: Config) -> None:
         for value in values:
             if values.count(value) > 1:
                 raise ConfigError(f"{key}: '{value}' is there twice")
-    if config.tick.steps > config.limits.chunk_steps:
-        raise ConfigError("tick.steps: may not be more than limits.chunk_steps")
-    if config.limits.stream_credit > config.limits.queued_chunks:
-        raise ConfigError("limits.stream_credit: may not be more than limits.queued_chunks")
 
 
 def check_endpoint(endpoint: str, *, insecure: bool) -> None:

@@ -1,0 +1,149 @@
+"""The daemon's numbers as Prometheus reads them.
+
+A collector on a registry of its own (never the global one) that reads :class:`recurd.stats.Stats` when somebody
+scrapes. Names start with ``recurd_``, units are base units, every series is there from the start, and no label grows
+with the number of streams.
+"""
+
+import platform
+from collections.abc import Iterable, Iterator, Mapping
+from typing import NamedTuple
+
+from prometheus_client import CollectorRegistry, ProcessCollector
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, InfoMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector as PrometheusCollector
+from prometheus_client.utils import floatToGoString
+
+from recurd import __version__
+from recurd.errors import BREAKING, Code
+from recurd.stats import Histogram, Stats
+
+#: Name without ``recurd_`` (and ``_total``), help, attribute of Stats or ModelStats.
+Row = tuple[str, str, str]
+
+MODEL_COUNTERS: tuple[Row, ...] = (
+    ("chunks_received", "Chunks that arrived, refused and repeated ones included.", "chunks_received"),
+    ("chunks_processed", "Chunks that were run and answered.", "chunks_processed"),
+    ("steps_processed", "Time steps that were run, without padding.", "steps_processed"),
+    ("steps_padded", "Time steps that were run only to square up ragged rows.", "padded_steps"),
+    ("resets", "Resets that were carried out.", "resets"),
+    ("ticks", "Runs of the model.", "ticks"),
+)
+MODEL_HISTOGRAMS: tuple[Row, ...] = (
+    ("tick_rows", "Streams in one run of the model.", "rows"),
+    ("queue_seconds", "From a chunk's arrival to the start of its first tick.", "queue_seconds"),
+    ("run_seconds", "One run of the model.", "run_seconds"),
+    ("request_seconds", "From a chunk's arrival to its result.", "request_seconds"),
+)
+COUNTERS: tuple[Row, ...] = (
+    ("internal_errors", "Bugs met while serving; each has a traceback in the log.", "internal_errors"),
+    ("duplicates", "Records that had been accepted before and were answered again.", "duplicates"),
+    ("streams_opened", "Streams started new.", "streams_opened"),
+    ("peers_expired", "Connections forgotten because they were silent.", "peers_expired"),
+    ("frames_received", "Messages received.", "frames_received"),
+    ("received_bytes", "Bytes of the messages received.", "bytes_received"),
+    ("frames_sent", "Messages sent.", "frames_sent"),
+    ("sent_bytes", "Bytes of the messages sent.", "bytes_sent"),
+)
+
+
+class ModelLabels(NamedTuple):
+    """What ``recurd_model_info`` tells of a model."""
+
+    version: str
+    device: str
+    weights: str
+
+
+class Collector(PrometheusCollector):
+    """Reads ``stats`` at every scrape; owns nothing. ``models`` has the labels of every model in ``stats``."""
+
+    def __init__(self, stats: Stats, models: Mapping[str, ModelLabels], *, device_fallback: bool) -> None:
+        self._stats = stats
+        self._models = models
+        self._device_fallback = device_fallback
+
+    def collect(self) -> Iterable[Metric]:
+        """All metrics, as they stand now."""
+        yield from self._collect_info()
+        yield from self._collect_models()
+        yield from self._collect_labelled()
+        for name, text, attribute in COUNTERS:
+            yield CounterMetricFamily(f"recurd_{name}", text, value=getattr(self._stats, attribute))
+
+    def _collect_info(self) -> Iterator[Metric]:
+        build = {"version": __version__, "python": platform.python_version()}
+        yield InfoMetricFamily("recurd_build", "The daemon.", value=build)
+        info = InfoMetricFamily("recurd_model", "A model that is served.", labels=["model"])
+        for name, labels in self._models.items():
+            info.add_metric([name], labels._asdict())
+        yield info
+        text = "1 when a GPU was wished for, could not be had, and the CPU is used."
+        yield GaugeMetricFamily("recurd_device_fallback", text, value=float(self._device_fallback))
+
+    def _collect_models(self) -> Iterator[Metric]:
+        models = list(self._stats.models.items())
+        for name, text, attribute in MODEL_COUNTERS:
+            counter = CounterMetricFamily(f"recurd_{name}", text, labels=["model"])
+            for model, stats in models:
+                counter.add_metric([model], getattr(stats, attribute))
+            yield counter
+        for name, text, attribute in MODEL_HISTOGRAMS:
+            histograms = {model: getattr(stats, attribute) for model, stats in models}
+            yield _histogram(f"recurd_{name}", text, histograms)
+        queued = GaugeMetricFamily("recurd_queued_chunks", "Chunks that wait for their run.", labels=["model"])
+        slots = GaugeMetricFamily(
+            "recurd_stream_slots",
+            "Slots: streams whose state the device holds or could hold.",
+            labels=["model", "kind"],
+        )
+        for model, stats in models:
+            queued.add_metric([model], stats.queued_chunks)
+            slots.add_metric([model, "used"], stats.slots_used)
+            slots.add_metric([model, "free"], stats.slots - stats.slots_used)
+        yield from (queued, slots)
+
+    def _collect_labelled(self) -> Iterator[Metric]:
+        stats = self._stats
+        # a code on the side where it is not expected is shown once it was counted there
+        refused = {code.word: stats.refused[code] for code in Code if code not in BREAKING or stats.refused[code]}
+        broken = {code.word: stats.broken[code] for code in Code if code in BREAKING or stats.broken[code]}
+        yield _counter("recurd_refused", "Requests that were refused; the stream lives.", "code", refused)
+        yield _counter("recurd_broken", "Answers that said a stream's state is lost.", "code", broken)
+        yield _counter("recurd_streams_ended", "Streams whose state was dropped.", "reason", stats.streams_ended)
+        text = "Messages that could not be sent: the connection's queue was full (again) or gone (unreachable)."
+        yield _counter("recurd_send_failures", text, "reason", stats.send_failures)
+        yield _gauge("recurd_streams", "Known streams, with a connection or without.", "state", stats.streams)
+        yield _gauge("recurd_state_bytes", "Memory for the streams' state.", "where", stats.state_bytes)
+        yield GaugeMetricFamily("recurd_peers", "Connections that said HELLO.", value=stats.peers)
+
+
+def open_registry(collector: Collector) -> CollectorRegistry:
+    """A registry with the daemon's numbers and the process's (CPU, memory, open files, start time)."""
+    registry = CollectorRegistry()
+    registry.register(collector)
+    ProcessCollector(registry=registry)
+    return registry
+
+
+def _counter(name: str, text: str, label: str, values: Mapping[str, float]) -> Metric:
+    family = CounterMetricFamily(name, text, labels=[label])
+    for value, count in values.items():
+        family.add_metric([value], count)
+    return family
+
+
+def _gauge(name: str, text: str, label: str, values: Mapping[str, float]) -> Metric:
+    family = GaugeMetricFamily(name, text, labels=[label])
+    for value, number in values.items():
+        family.add_metric([value], number)
+    return family
+
+
+def _histogram(name: str, text: str, histograms: Mapping[str, Histogram]) -> Metric:
+    family = HistogramMetricFamily(name, text, labels=["model"])
+    for model, histogram in histograms.items():
+        edges = [*map(floatToGoString, histogram.bounds), "+Inf"]
+        family.add_metric([model], list(zip(edges, histogram.cumulative(), strict=True)), histogram.sum)
+    return family
