@@ -32,6 +32,8 @@ INDEX = """recurd: recurrent networks for live streams
 """
 #: Requests at a time; a further connection is closed at once.
 MAX_REQUESTS = 16
+#: How often the server's thread looks whether it shall stop.
+STOP_POLL_SECONDS = 0.1
 
 
 class Phase(Enum):
@@ -126,7 +128,9 @@ class HttpServer:
         except OSError as error:
             raise AddressError(f"metrics: cannot bind {address}: {error.strerror or error}") from error
         self._server.set_app(application)
-        self._thread = threading.Thread(target=self._server.serve_forever, name="http", daemon=True)
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, args=[STOP_POLL_SECONDS], name="http", daemon=True
+        )
 
     @property
     def address(self) -> tuple[str, int]:
@@ -149,6 +153,7 @@ class HttpServer:
 class _Server(ThreadingMixIn, WSGIServer):
     daemon_threads = True
     block_on_close = False
+    request_queue_size = 64
 
     def __init__(self, host: str, port: int, log: FilteringBoundLogger, request_seconds: float) -> None:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
