@@ -1,0 +1,67 @@
+"""recurd_export: trained recurrent networks to ONNX with a contract and a proof.
+
+::
+
+    report = recurd_export.export(model, example, "pump.onnx", name="pump")
+    print(report)
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from recurd_export.errors import ExportError
+
+if TYPE_CHECKING:
+    from recurd_export.report import Report
+
+__all__ = ["ExportError", "export"]
+
+
+def export(
+    model: Any,
+    example: Any,
+    path: str | PathLike[str],
+    *,
+    name: str | None = None,
+    version: str = "1",
+    features: Sequence[str] = (),
+    units: Sequence[str] = (),
+    labels: Mapping[str, Sequence[str]] | None = None,
+    sample_rate_hz: float | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> "Report":
+    """Export a trained recurrent model to an ONNX file with a contract, and prove that the file does what it does.
+
+    Args:
+        model: a ``torch.nn.Module`` with ``nn.LSTM``, ``nn.GRU`` or ``nn.RNN`` anywhere in it. It is left as it was.
+        example: an input tensor ``[batch, time, ...]`` as the model takes it (``[time, batch, ...]`` where it does so),
+            or a tuple of one and the states the model takes. Float32, or int64 token ids. Its values do not matter.
+        path: the file to write; the directory must exist. It gets this name only when everything was verified.
+        name: name of the model in the daemon; the file's stem when not given.
+        version: version of the model.
+        features: names of the input's features, in order.
+        units: their units.
+        labels: per head, names of its elements (classes).
+        sample_rate_hz: rate of the steps.
+        progress: is told the name of each stage as it begins.
+
+    Returns:
+        What was hoisted, the heads, whether the model is causal, and the errors measured; printable.
+
+    Raises:
+        ExportError: the model cannot be exported, or its file does not do the same; nothing is left at ``path``.
+    """
+    from recurd_export import pipeline  # torch and onnx take seconds to import
+
+    target = Path(path)
+    facts = pipeline.Facts(
+        name=target.stem if name is None else name,
+        version=version,
+        features=tuple(features),
+        units=tuple(units),
+        labels={head: tuple(names) for head, names in (labels or {}).items()},
+        sample_rate_hz=sample_rate_hz,
+    )
+    return pipeline.export(model, example, target, facts, progress or (lambda stage: None))

@@ -1,0 +1,274 @@
+"""From a trained torch module to a proven contract file: read this first.
+
+Look at the model (``layout``), make its states explicit and trace it (``hoist``), make sure it works step by step
+(``steps``), convert it to ONNX (``convert``), hold the file against the model (``recurd.verify`` with ``reference``),
+give it its final name (``publish``).
+"""
+
+import itertools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import onnx
+import onnxscript
+import torch
+from torch import Tensor, nn
+
+from recurd import contract as contracts
+from recurd import wire
+from recurd.contract import Contract, Golden, Head, Input, Proof, Source, State
+from recurd.contract import Tensor as Stored
+from recurd.model import Model
+from recurd.verify import (
+    ATOL,
+    EQUAL,
+    RAGGED,
+    Check,
+    Piece,
+    Tolerance,
+    alone,
+    check_golden,
+    compare,
+    describe,
+    drive,
+    hold_against,
+    random_streams,
+    together,
+)
+from recurd_export.errors import ExportError
+from recurd_export.publish import unpublished
+from recurd_export.pytorch import convert, hoist, layout, steps
+from recurd_export.pytorch.layout import Layout, Recurrence
+from recurd_export.pytorch.reference import Reference, returns_state_arguments
+from recurd_export.report import Layer, Report
+from recurd_export.session import Session
+
+#: Rows, steps and most elements of any tensor of a golden run.
+GOLDEN_LENGTHS = (6, 3, 1)
+GOLDEN_ELEMENTS = 50_000
+#: Float32 rounding of the model itself, measured against float64, may be this many times larger in the file.
+NOISE_FACTOR = 8.0
+
+#: Told the name of each stage as it begins.
+Progress = Callable[[str], None]
+STAGES = ("look at the model", "trace", "check time steps", "convert", "verify", "write")
+
+
+class Facts(msgspec.Struct, frozen=True, kw_only=True):
+    """What only the caller can know about the model."""
+
+    name: str
+    version: str = "1"
+    features: tuple[str, ...] = ()
+    units: tuple[str, ...] = ()
+    labels: dict[str, tuple[str, ...]] = {}
+    sample_rate_hz: float | None = None
+
+
+def export(model: nn.Module, example: Any, path: Path, facts: Facts, progress: Progress) -> Report:
+    """The whole way. Raises :class:`ExportError`; then nothing is left at ``path`` (or what was there before)."""
+    started = time.monotonic()
+    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        progress(STAGES[0])
+        found = layout.find(model, example)
+        progress(STAGES[1])
+        hoisted = hoist.Hoisted(model, found)
+        with convert.quiet():
+            program = hoist.trace(hoisted)
+        progress(STAGES[2])
+        steps.pick_last_steps(program)
+        steps.check(program, found)
+        progress(STAGES[3])
+        contract = _describe_model(model, found, program, facts)
+        proto = _convert(program, contract)
+        contract = msgspec.structs.replace(contract, weights_sha256=contracts.weights_sha256(proto))
+        progress(STAGES[4])
+        proof, checks = _prove(model, found, contract, proto)
+        contract = msgspec.structs.replace(contract, proof=proof)
+        contracts.attach(proto, contract)
+        progress(STAGES[5])
+        with unpublished(proto, path) as temporary:
+            # The very bytes that get the final name, by the daemon's own way of reading them.
+            checks.append(_hold(check_golden(Model.load(temporary, slots=len(RAGGED), threads=1), proof, len(RAGGED))))
+    hoisted_layers = tuple(_layer(recurrence) for recurrence in found.recurrences)
+    return Report(
+        path=path,
+        contract=contract,
+        hoisted=hoisted_layers,
+        checks=tuple(checks),
+        notes=tuple(_notes(found, contract)),
+        bytes=path.stat().st_size,
+        seconds=time.monotonic() - started,
+    )
+
+
+def _convert(program: torch.export.ExportedProgram, contract: Contract) -> onnx.ModelProto:
+    inputs = [contract.input.name, contract.lengths, *(state.name for state in contract.states)]
+    outputs = [head.name for head in contract.heads] + [state.output for state in contract.states]
+    proto = convert.to_onnx(program, inputs, outputs)
+    convert.finish(proto, contract)
+    return proto
+
+
+def _describe_model(model: nn.Module, found: Layout, program: torch.export.ExportedProgram, facts: Facts) -> Contract:
+    """The contract, as yet without hash and proof."""
+    outputs: Any = program.graph_module.graph.output_node().args[0]
+    values = [node.meta["val"] for node in outputs[: len(found.heads)]]
+    return Contract(
+        name=facts.name,
+        version=facts.version,
+        input=_input(found, facts),
+        heads=tuple(_head(head, value, facts) for head, value in zip(found.heads, values, strict=True)),
+        states=tuple(state for recurrence in found.recurrences for state in _states(recurrence)),
+        causal=found.causal,
+        source=Source(
+            framework="torch",
+            versions={"torch": str(torch.__version__), "onnx": onnx.__version__, "onnxscript": onnxscript.__version__},
+            model=f"{type(model).__module__}.{type(model).__qualname__}",
+        ),
+        weights_sha256="",
+    )
+
+
+def _input(found: Layout, facts: Facts) -> Input:
+    arguments = found.arguments
+    described = Input(
+        dtype="int64" if arguments.dtype == "int64" else "float32",
+        shape=arguments.step_shape,
+        features=facts.features,
+        units=facts.units,
+        sample_rate_hz=facts.sample_rate_hz,
+        classes=arguments.classes,
+    )
+    for what, names in (("features", facts.features), ("units", facts.units)):
+        if names and len(names) != described.width:
+            raise ExportError(f"{len(names)} {what} are named, but a step of the input has {described.width}")
+    return described
+
+
+def _head(head: layout.HeadLayout, value: Tensor, facts: Facts) -> Head:
+    shape = value.shape[2 if head.per == "step" else 1 :]
+    if not all(isinstance(size, int) for size in shape):
+        raise ExportError(
+            f"head '{head.name}' has the shape {list(value.shape)}, which is not fixed but for batch and time"
+        )
+    dtype = str(value.dtype).removeprefix("torch.")
+    if dtype not in wire.DTYPES:
+        raise ExportError(f"head '{head.name}' is {dtype}; a head must be one of {', '.join(wire.DTYPES)}")
+    labels = facts.labels.get(head.name, ())
+    described = Head(name=head.name, dtype=dtype, shape=tuple(shape), per=head.per, labels=labels)
+    if labels and len(labels) != described.width:
+        raise ExportError(
+            f"{len(labels)} labels are given for head '{head.name}', which has {described.width} elements"
+        )
+    return described
+
+
+def _states(recurrence: Recurrence) -> Sequence[State]:
+    return [
+        State(
+            name=name,
+            output=f"{name}.next",
+            dtype="float32",
+            shape=(recurrence.directions, recurrence.hidden),
+            batch_axis=1,
+            initial=Stored.of(value[layer]) if value[layer].any() else None,
+        )
+        for layer in range(recurrence.layers)
+        for name, value in zip(recurrence.state_names(layer), recurrence.initial, strict=True)
+    ]
+
+
+def _prove(model: nn.Module, found: Layout, contract: Contract, proto: onnx.ModelProto) -> tuple[Proof, list[Check]]:
+    """Hold the file's graph against the model, in a plain session and in the daemon's tick."""
+    reference = Reference(model, found, contract)
+    tolerance = Tolerance(atol=max(ATOL, NOISE_FACTOR * _noise(model, found, contract)))
+    session = Session(proto, contract)
+    tick = Model(proto, contract, device="cpu", slots=len(RAGGED), threads=1)
+    checks = []
+    for where, runner in (("", session), (" (in a tick)", tick)):
+        for check in hold_against(runner, reference, tolerance, np.random.default_rng(0)):
+            checks.append(_hold(msgspec.structs.replace(check, name=check.name + where)))
+    if returns_state_arguments(found):
+        checks.append(_hold(_check_passing(reference, tolerance)))
+    errors = {check.name: check.error for check in checks}
+    return Proof(atol=tolerance.atol, rtol=tolerance.rtol, errors=errors, golden=_golden(session)), checks
+
+
+def _hold(check: Check) -> Check:
+    if not check.ok:
+        raise ExportError(f"the exported model is not the source model: in the check '{check.name}' {describe(check)}")
+    return check
+
+
+def _noise(model: nn.Module, found: Layout, contract: Contract) -> float:
+    """Float32 rounding of the model itself: its largest difference to a run in float64; 0 where it cannot be run so."""
+    streams = random_streams(contract, RAGGED, np.random.default_rng(0))
+    plan = alone(together(RAGGED))
+    single = drive(Reference(model, found, contract), streams, plan)
+    try:
+        exact = drive(Reference(model, found, contract, double=True), streams, plan)
+    except ExportError:
+        return 0.0
+    error = compare("noise", exact, single, Tolerance()).error
+    return error if np.isfinite(error) else 0.0
+
+
+def _check_passing(reference: Reference, tolerance: Tolerance) -> Check:
+    """The model driven as its own callers do, its returned state handed back, gives what hoisted states give."""
+    streams = random_streams(reference.contract, EQUAL, np.random.default_rng(1))
+    cuts = (0, 4, 5, EQUAL[0])
+    plan = [[Piece(stream, start, stop) for stream in range(len(EQUAL))] for start, stop in itertools.pairwise(cuts)]
+    return compare(
+        "state passed along", reference.pass_along(streams, cuts), drive(reference, streams, plan), tolerance
+    )
+
+
+def _golden(session: Session) -> Golden:
+    """A short ragged run of the plain file, small enough to live in it."""
+    contract = session.contract
+    widest = max(contract.input.width, *(h.width for h in contract.heads), *(s.width for s in contract.states))
+    steps = max(1, GOLDEN_ELEMENTS // widest // len(GOLDEN_LENGTHS))
+    lengths = np.array([min(length, steps) for length in GOLDEN_LENGTHS], np.int32)
+    rows = len(lengths)
+    x = np.stack(random_streams(contract, [int(lengths.max())] * rows, np.random.default_rng(2)))
+    slots = np.arange(rows, dtype=np.int64)
+    outputs = session.run(slots, np.ones(rows, bool), lengths, x)
+    states = session.read(slots)
+    return Golden(
+        input=Stored.of(x),
+        lengths=Stored.of(lengths),
+        outputs={h.name: Stored.of(output) for h, output in zip(contract.heads, outputs, strict=True)},
+        states={s.name: Stored.of(np.moveaxis(states[s.name], 0, s.batch_axis)) for s in contract.states},
+    )
+
+
+def _layer(recurrence: Recurrence) -> Layer:
+    return Layer(
+        module=recurrence.name,
+        kind=recurrence.mode,
+        layers=recurrence.layers,
+        directions=recurrence.directions,
+        hidden=recurrence.hidden,
+        initial="learned" if recurrence.learned else "zeros",
+        states=tuple(name for layer in range(recurrence.layers) for name in recurrence.state_names(layer)),
+    )
+
+
+def _notes(found: Layout, contract: Contract) -> Iterator[str]:
+    if not contract.causal:
+        yield (
+            "the model looks ahead: the backward half of a chunk sees that chunk only, so results depend on how a "
+            "stream is cut into chunks"
+        )
+    if found.arguments.time_major:
+        yield "the model's own input is [time, batch, ...]; the exported file takes [batch, time, ...]"
+    if contract.proof is not None and contract.proof.atol > ATOL:
+        yield f"rounding grows in this model, so errors up to {contract.proof.atol:.1e} are allowed"
+    if contract.input.dtype == "int64" and contract.input.classes is None:
+        yield "how many token ids the model has is not known, so ids out of range will not be refused"

@@ -1,0 +1,1 @@
+"""The exporter's half that knows torch. Read :mod:`recurd_export.pipeline` first."""

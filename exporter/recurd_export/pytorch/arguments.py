@@ -1,0 +1,87 @@
+"""Makes arguments of any batch size and number of steps out of the one example."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from recurd_export.errors import ExportError
+from recurd_export.pytorch import tree
+
+#: Sizes to probe with: primes, so that an axis of that size is hardly a feature axis.
+BATCH, OTHER_BATCH, STEPS, OTHER_STEPS = 3, 5, 11, 13
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """The model's positional arguments: one input, then states (nests of tensors) and constants."""
+
+    example: Tensor
+    rest: tuple[Any, ...]
+    #: Whether the input's first axis is time instead of batch.
+    time_major: bool = False
+    #: Batch axis of every tensor in ``rest``, in order.
+    state_axes: tuple[int, ...] = ()
+    #: Token ids are in ``[0, classes)``; ``None`` where not known or not token ids.
+    classes: int | None = None
+
+    @property
+    def dtype(self) -> str:
+        """``float32`` or ``int64``."""
+        return "int64" if self.example.dtype == torch.int64 else "float32"
+
+    @property
+    def step_shape(self) -> tuple[int, ...]:
+        """Shape of one step."""
+        return tuple(self.example.shape[2:])
+
+    def with_input(self, x: Tensor) -> tuple[Any, ...]:
+        """The arguments for an input ``[batch, time, ...]`` (symbolic sizes too), states being zeros."""
+        axes = iter(self.state_axes)
+
+        def zeros(state: Tensor) -> Tensor:
+            shape: list[Any] = list(state.shape)
+            shape[next(axes)] = x.shape[0]
+            return torch.zeros(shape, dtype=x.dtype if x.is_floating_point() else state.dtype)
+
+        return (x.transpose(0, 1) if self.time_major else x, *tree.map_leaves(self.rest, zeros))
+
+    def random(self, batch: int, steps: int, seed: int) -> Tensor:
+        """A random input ``[batch, time, ...]``: normal numbers, or ids the model has."""
+        generator = torch.Generator().manual_seed(seed)
+        shape = (batch, steps, *self.step_shape)
+        if self.dtype == "float32":
+            return torch.randn(shape, generator=generator)
+        ids = torch.unique(self.example) if self.classes is None else torch.arange(self.classes)
+        return ids[torch.randint(len(ids), shape, generator=generator)]
+
+
+def read_example(example: Any) -> tuple[Tensor, tuple[Any, ...]]:
+    """The input tensor and the other arguments of an example, on the CPU.
+
+    Raises :class:`ExportError` for a wrong rank or element type.
+    """
+    args = tuple(example) if isinstance(example, tuple | list) else (example,)
+    if not args or not isinstance(args[0], Tensor):
+        found = type(args[0]).__name__ if args else "nothing"
+        raise ExportError(
+            f"the example must be a tensor [batch, time, ...], or a tuple of one and states; it is {found}"
+            if not isinstance(example, tuple | list)
+            else f"the example's first argument must be a tensor [batch, time, ...]; it is {found}"
+        )
+    x, *rest = tree.map_leaves(args, lambda tensor: tensor.detach().cpu())
+    if x.dtype not in (torch.float32, torch.int64):
+        raise ExportError(
+            f"the example is {_dtype(x)}; an input is float32 (numbers) or int64 (token ids), so convert it with "
+            f"{'.long()' if not x.is_floating_point() else '.float()'}"
+        )
+    if x.dim() < 2:
+        raise ExportError(f"the example is of rank {x.dim()} {list(x.shape)}; it must be [batch, time, ...]")
+    if 0 in x.shape:
+        raise ExportError(f"the example {list(x.shape)} is empty")
+    return x, tuple(rest)
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")

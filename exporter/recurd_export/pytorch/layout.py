@@ -1,0 +1,386 @@
+"""Finds out how a model uses its axes and states, by running copies of it with several sizes.
+
+What torch code does is easier and safer to see in what it gives than in how it is written: an axis that grows with the
+number of steps is time, a returned tensor that equals a layer's state is a state, an initial state that never changes
+is a constant.
+"""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from recurd_export.errors import ExportError
+from recurd_export.pytorch import tree
+from recurd_export.pytorch.arguments import BATCH, OTHER_BATCH, OTHER_STEPS, STEPS, Arguments, read_example
+from recurd_export.pytorch.watch import Call, ForwardError, Run, copy_of, first_line, label, watch
+
+_CLASSES: dict[str, type[nn.RNNBase]] = {"LSTM": nn.LSTM, "GRU": nn.GRU, "RNN_TANH": nn.RNN, "RNN_RELU": nn.RNN}
+
+
+@dataclass(frozen=True)
+class Recurrence:
+    """One call of a recurrent module: a stack of layers with a state each."""
+
+    path: str
+    ordinal: int
+    #: What its states are named after: the path, or the class for a model that is itself the layer.
+    name: str
+    mode: str
+    layers: int
+    directions: int
+    hidden: int
+    #: Initial values ``[layers, directions, hidden]`` of h (and c).
+    initial: tuple[npt.NDArray[np.float32], ...]
+
+    @property
+    def learned(self) -> bool:
+        """Whether a stream starts from anything but zeros."""
+        return any(value.any() for value in self.initial)
+
+    def state_names(self, layer: int) -> tuple[str, ...]:
+        """Names of one layer's states: h (and c)."""
+        return tuple(f"{self.name}.{letter}_l{layer}" for letter in ("h", "c")[: len(self.initial)])
+
+
+@dataclass(frozen=True)
+class HeadLayout:
+    """Where a head stands in what the model returns, and its axes there."""
+
+    name: str
+    position: int
+    per: Literal["step", "last"]
+    batch_axis: int
+    time_axis: int | None = None
+    #: With steps and rows in one axis (at ``batch_axis``): which of the two runs slower.
+    outer: Literal["batch", "time"] | None = None
+
+    def arrange(self, tensor: Tensor, batch: Any, steps: Any) -> Tensor:
+        """The head as ``[batch, time, ...]``, or ``[batch, ...]`` for the last step."""
+        if self.outer is not None:
+            sizes = (batch, steps) if self.outer == "batch" else (steps, batch)
+            shape = (*tensor.shape[: self.batch_axis], *sizes, *tensor.shape[self.batch_axis + 1 :])
+            axes = (self.batch_axis, self.batch_axis + 1)
+            return tensor.reshape(shape).movedim(axes if self.outer == "batch" else axes[::-1], (0, 1))
+        if self.time_axis is None:
+            return tensor.movedim(self.batch_axis, 0)
+        return tensor.movedim((self.batch_axis, self.time_axis), (0, 1))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """All that was found out."""
+
+    arguments: Arguments
+    recurrences: tuple[Recurrence, ...]
+    heads: tuple[HeadLayout, ...]
+    #: Positions, among the returned tensors, of states.
+    returned_states: tuple[int, ...]
+
+    @property
+    def causal(self) -> bool:
+        """Whether no layer looks ahead."""
+        return all(recurrence.directions == 1 for recurrence in self.recurrences)
+
+
+def find(model: nn.Module, example: Any) -> Layout:
+    """Examine a model. Raises :class:`ExportError` with one sentence for all it cannot be exported with."""
+    _check_modules(model)
+    x, rest = read_example(example)
+    arguments, run = _orient(model, Arguments(x, rest), _first_run(model, x, rest))
+    if arguments.state_axes:
+        _check_state_arguments(model, arguments)
+    runs = [
+        run,
+        _run(model, arguments, arguments.random(OTHER_BATCH, STEPS, 1)),
+        _run(model, arguments, arguments.random(BATCH, OTHER_STEPS, 2)),
+    ]
+    _check_steady(runs)
+    recurrences = _recurrences(model, arguments, runs)
+    heads, states = _outputs(model, arguments, runs, {name for r in recurrences for name in _all_names(r)})
+    return Layout(arguments, recurrences, heads, states)
+
+
+def _all_names(recurrence: Recurrence) -> Iterator[str]:
+    for layer in range(recurrence.layers):
+        for name in recurrence.state_names(layer):
+            yield from (name, f"{name}.next")
+
+
+def _check_modules(model: nn.Module) -> None:
+    recurrent = [(path, m) for path, m in model.named_modules() if isinstance(m, nn.RNNBase)]
+    if not recurrent:
+        cells = [label(path, m) for path, m in model.named_modules() if isinstance(m, nn.RNNCellBase)]
+        hint = f"; cells ({cells[0]}) are not supported yet" if cells else ""
+        raise ExportError(f"no recurrent layer (nn.LSTM, nn.GRU, nn.RNN) was found in {type(model).__name__}{hint}")
+    for path, module in recurrent:
+        if getattr(module, "proj_size", 0):
+            raise ExportError(f"{label(path, module)} has proj_size={module.proj_size}: ONNX has no such projection")
+        if type(module).forward is not _CLASSES[module.mode].forward:
+            raise ExportError(
+                f"{label(path, module)} is a subclass of nn.{_CLASSES[module.mode].__name__} with a forward of its "
+                f"own, which cannot be looked into; keep the layer as an attribute instead"
+            )
+    for path, parameter in model.named_parameters():
+        if parameter.is_floating_point() and parameter.dtype != torch.float32:
+            kind = str(parameter.dtype).removeprefix("torch.")
+            raise ExportError(f"parameter '{path}' is {kind}; a model is exported in float32, so call .float() on it")
+
+
+def _first_run(model: nn.Module, x: Tensor, rest: tuple[Any, ...]) -> Run:
+    try:
+        run = watch(copy_of(model), (x, *rest))
+    except ForwardError as error:
+        raise ExportError(_example_trouble(x, error)) from error.error
+    if not run.calls:
+        raise ExportError(f"{type(model).__name__} has recurrent layers, but its forward calls none of them")
+    return run
+
+
+def _example_trouble(x: Tensor, error: ForwardError) -> str:
+    what = f"the example is {str(x.dtype).removeprefix('torch.')} {list(x.shape)}"
+    if isinstance(error.module, nn.Embedding) and x.is_floating_point():
+        return f"{what}, but {error.layer} takes token ids: give an int64 tensor [batch, time]"
+    if isinstance(error.module, nn.RNNBase) and x.is_floating_point():
+        width = error.module.input_size
+        return f"{what}, which {error.layer} with {width} inputs does not take: {first_line(error.error)}"
+    return f"the model's forward fails on the example in {error}"
+
+
+def _run(model: nn.Module, arguments: Arguments, x: Tensor) -> Run:
+    try:
+        return watch(copy_of(model), arguments.with_input(x))
+    except ForwardError as error:
+        raise ExportError(
+            f"the model's forward takes the example's sizes only: with a batch of {x.shape[0]} and {x.shape[1]} steps "
+            f"it fails in {error}"
+        ) from error.error
+
+
+def _orient(model: nn.Module, arguments: Arguments, first: Run) -> tuple[Arguments, Run]:
+    """Which axis of the input is time and which axis of every state argument is batch, and a run that shows it."""
+    arguments = replace(arguments, classes=_classes(arguments.example, first))
+    states = [tensor for _, tensor in tree.leaves(arguments.rest)]
+    batch = first.calls[0].batch
+    axes = [_batch_axes(state, batch) for state in states]
+    if not all(axes):
+        raise ExportError(
+            f"the example's arguments after the first must be states with a batch axis of {batch}, but one is "
+            f"{next(list(s.shape) for s, a in zip(states, axes, strict=True) if not a)}"
+        )
+    trouble: ExportError | None = None
+    time_major_first = arguments.example.shape[0] != batch
+    for state_axes in itertools.islice(itertools.product(*axes), 16):
+        for time_major in (time_major_first, not time_major_first):
+            candidate = replace(arguments, time_major=time_major, state_axes=state_axes)
+            try:
+                run = _run(model, candidate, candidate.random(BATCH, STEPS, 0))
+                _check_sizes(run)
+            except ExportError as error:
+                trouble = trouble or error
+            else:
+                return candidate, run
+    assert trouble is not None
+    raise trouble
+
+
+def _batch_axes(state: Tensor, batch: int) -> list[int]:
+    """Axes of a state argument that may be the batch, the likeliest (the one before the last) first."""
+    return sorted((axis for axis, size in enumerate(state.shape) if size == batch), key=lambda a: a != state.dim() - 2)
+
+
+def _classes(x: Tensor, run: Run) -> int | None:
+    sizes = [size for size, ids in run.lookups if not x.is_floating_point() and bool(torch.isin(ids, x).all())]
+    return min(sizes, default=None)
+
+
+def _check_sizes(run: Run) -> None:
+    """Every recurrent layer must see the model's own batch and steps."""
+    seen = {(call.batch, call.steps): call for call in run.calls}
+    if seen.keys() == {(BATCH, STEPS)}:
+        return
+    if {(BATCH, STEPS), (STEPS, BATCH)} <= seen.keys():
+        raise ExportError(
+            f"the layers do not agree which axis is time: {seen[BATCH, STEPS].label} and "
+            f"{seen[STEPS, BATCH].label} (is batch_first=True missing in one of them?)"
+        )
+    call = next(c for c in run.calls if (c.batch, c.steps) != (BATCH, STEPS))
+    if call.steps == 1 and sum(c.path == call.path for c in run.calls) >= STEPS:
+        raise ExportError(f"{call.label} is called once for every time step; call it once over the whole sequence")
+    for _, layer, shapes, results in run.passages:
+        if any(STEPS in shape for shape in shapes) and results and not any(STEPS in shape for shape in results):
+            now = f"{list(shapes[0])} into {list(results[0])}"
+            raise ExportError(
+                f"{layer} changes the number of time steps ({now}), so chunks of a stream would not fit together"
+            )
+    raise ExportError(
+        f"{call.label} runs over a batch of {call.batch} and {call.steps} steps where the model was given a batch of "
+        f"{BATCH} and {STEPS} steps; each of its rows must be one stream"
+    )
+
+
+def _check_state_arguments(model: nn.Module, arguments: Arguments) -> None:
+    """State arguments must reach the layers unchanged: then the state given back is the state to carry on."""
+    generator = torch.Generator().manual_seed(0)
+    x, *rest = arguments.with_input(arguments.random(BATCH, STEPS, 0))
+    rest = tree.map_leaves(rest, lambda state: torch.randn(state.shape, generator=generator))
+    given = [tensor for _, tensor in tree.leaves(rest)]
+    run = watch(copy_of(model), (x, *rest))
+    taken = [(call, tensor) for call in run.calls for tensor in call.given or ()]
+    everything = torch.cat([tensor.flatten() for _, tensor in taken] or [torch.zeros(0)])
+    for number, state in enumerate(given, start=1):
+        if not torch.isin(state, everything).all():
+            raise ExportError(
+                f"state argument {number} {list(state.shape)} does not reach a recurrent layer unchanged; the model "
+                f"must take one input and the states of its recurrent layers"
+            )
+    sources = torch.cat([state.flatten() for state in given])
+    for call, tensor in taken:
+        found = torch.isin(tensor, sources)
+        if found.any() and not found.all():
+            raise ExportError(f"{call.label} gets an initial state that is only in part the state the model was given")
+
+
+def _check_steady(runs: Sequence[Run]) -> None:
+    first, *others = runs
+    for other in others:
+        if [call.key for call in other.calls] != [call.key for call in first.calls]:
+            raise ExportError("the recurrent layers the model calls depend on the input or its length")
+
+
+def _recurrences(model: nn.Module, arguments: Arguments, runs: Sequence[Run]) -> tuple[Recurrence, ...]:
+    found = []
+    for calls in zip(*(run.calls for run in runs), strict=True):
+        call, module = calls[0], calls[0].module
+        name = call.path or _CLASSES[module.mode].__name__.lower()
+        found.append(
+            Recurrence(
+                call.path,
+                call.ordinal,
+                f"{name}@{call.ordinal + 1}" if call.ordinal else name,
+                module.mode,
+                module.num_layers,
+                2 if module.bidirectional else 1,
+                module.hidden_size,
+                _initial(model, arguments, calls),
+            )
+        )
+    return tuple(found)
+
+
+def _initial(model: nn.Module, arguments: Arguments, calls: Sequence[Call]) -> tuple[npt.NDArray[np.float32], ...]:
+    """Initial values ``[layers, directions, hidden]`` of h (and c), which must be the same in every run and row."""
+    call, module = calls[0], calls[0].module
+    shape = (module.num_layers, 2 if module.bidirectional else 1, module.hidden_size)
+    if all(c.given is None for c in calls):
+        return tuple(np.zeros(shape, np.float32) for _ in call.left)
+    values = []
+    for part in range(len(call.left)):
+        columns = torch.cat([c.given[part].detach() for c in calls if c.given is not None], dim=1)
+        value = columns[:, :1]
+        if any(c.given is None for c in calls) or not torch.allclose(columns, value.expand_as(columns), 1e-5, 1e-6):
+            raise ExportError(_unsteady(model, arguments, call))
+        values.append(value.reshape(shape).to(torch.float32).numpy().copy())
+    return tuple(values)
+
+
+def _unsteady(model: nn.Module, arguments: Arguments, call: Call) -> str:
+    x = arguments.random(BATCH, STEPS, 0)
+    again = next(c for c in _run(model, arguments, x).calls if c.key == call.key)
+    same = call.given is not None and again.given is not None and all(map(torch.equal, call.given, again.given))
+    why = "depends on the input" if same else "is drawn at random"
+    return (
+        f"the initial state of {call.label} {why}; a stream's state can start from zeros or from constant or learned "
+        f"values only"
+    )
+
+
+def _outputs(
+    model: nn.Module, arguments: Arguments, runs: Sequence[Run], taken: set[str]
+) -> tuple[tuple[HeadLayout, ...], tuple[int, ...]]:
+    found = [tree.leaves(run.output) for run in runs]
+    paths = [path for path, _ in found[0]]
+    if not paths:
+        raise ExportError("the model returns no tensor")
+    if any([path for path, _ in other] != paths for other in found[1:]):
+        raise ExportError("what the model returns depends on the input or its length")
+    states = _returned_states(arguments, runs[0], [tensor for _, tensor in found[0]])
+    if len(states) == len(paths):
+        states = ()  # a model that gives nothing but its states means them as its output
+    positions = [position for position in range(len(paths)) if position not in states]
+    names = _names([paths[position] for position in positions], taken)
+    heads = []
+    for name, position in zip(names, positions, strict=True):
+        tensors = [leaves[position][1] for leaves in found]
+        head = _axes(name, position, [tuple(tensor.shape) for tensor in tensors])
+        heads.append(_order(model, arguments, head, tensors[0]) if head.outer else head)
+    return tuple(heads), states
+
+
+def _returned_states(arguments: Arguments, run: Run, tensors: Sequence[Tensor]) -> tuple[int, ...]:
+    """Positions of returned tensors that are states: equal to a layer's, or an argument's new value."""
+    left = [state for call in run.calls for state in call.left]
+    _, *rest = arguments.with_input(arguments.random(BATCH, 1, 0))
+    shapes = {state.shape for _, state in tree.leaves(rest)}
+    values = torch.cat([state.flatten() for state in left])
+    return tuple(
+        position
+        for position, tensor in enumerate(tensors)
+        if any(tensor.shape == state.shape and torch.equal(tensor, state) for state in left)
+        or (tensor.shape in shapes and bool(torch.isin(tensor, values).all()))
+    )
+
+
+def _names(paths: Sequence[tree.Path], taken: set[str]) -> list[str]:
+    """Head names: dictionary keys and field names, else ``output``, ``output_1``, ..."""
+    names: list[str] = []
+    for number, path in enumerate(paths):
+        keys = [str(part) for part in path] if any(isinstance(part, str) for part in path) else []
+        name = ".".join(keys) or ("output" if len(paths) == 1 else f"output_{number}")
+        while name in taken | {"input", "lengths", *names}:
+            name += "_out"
+        names.append(name)
+    return names
+
+
+def _axes(name: str, position: int, shapes: Sequence[tuple[int, ...]]) -> HeadLayout:
+    """Find batch and time by what changes with which size. ``shapes`` are those of the three runs of :func:`find`."""
+    if len({len(shape) for shape in shapes}) != 1:
+        raise ExportError(f"the rank of head '{name}' depends on the input's sizes: {[list(s) for s in shapes]}")
+    roles = {
+        (BATCH, OTHER_BATCH, BATCH): "batch",
+        (STEPS, STEPS, OTHER_STEPS): "time",
+        (BATCH * STEPS, OTHER_BATCH * STEPS, BATCH * OTHER_STEPS): "both",
+    }
+    axes: dict[str, list[int]] = {"batch": [], "time": [], "both": [], "other": []}
+    for axis, sizes in enumerate(zip(*shapes, strict=True)):
+        if len(set(sizes)) > 1:
+            axes[roles.get(sizes, "other")].append(axis)
+    batch, time, both = axes["batch"], axes["time"], axes["both"]
+    if not axes["other"] and (len(batch), len(time), len(both)) == (1, 1, 0):
+        return HeadLayout(name, position, "step", batch[0], time[0])
+    if not axes["other"] and (len(batch), len(time), len(both)) == (1, 0, 0):
+        return HeadLayout(name, position, "last", batch[0])
+    if not axes["other"] and (len(batch), len(time), len(both)) == (0, 0, 1):
+        return HeadLayout(name, position, "step", both[0], outer="batch")
+    raise ExportError(
+        f"head '{name}' has the shape {list(shapes[0])} for a batch of {BATCH} and {STEPS} steps; a head needs one "
+        f"batch axis, and one time axis of as many steps as the input or none (its last step)"
+    )
+
+
+def _order(model: nn.Module, arguments: Arguments, head: HeadLayout, tensor: Tensor) -> HeadLayout:
+    """Whether rows or steps run slower in an axis that holds both: compare with one row alone."""
+    x = arguments.random(BATCH, STEPS, 0)
+    alone = tree.leaves(_run(model, arguments, x[:1]).output)[head.position][1]
+    for outer in ("batch", "time"):
+        candidate = replace(head, outer=outer)
+        row = candidate.arrange(tensor, BATCH, STEPS)[:1]
+        if torch.allclose(row, candidate.arrange(alone, 1, STEPS), 1e-4, 1e-5):
+            return candidate
+    raise ExportError(f"head '{head.name}' is {list(tensor.shape)}, and its rows are not those of single streams")

@@ -1,0 +1,140 @@
+"""The source model as a runner: what every check of an export is held against.
+
+The model's own code runs, on its own torch layers. Only the states of its recurrent modules are put in and taken out by
+hooks, so that it can be driven in chunks like the exported file.
+"""
+
+import copy
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from recurd.contract import Contract
+from recurd_export.errors import ExportError
+from recurd_export.pytorch import tree
+from recurd_export.pytorch.layout import Layout
+from recurd_export.pytorch.watch import ForwardError, copy_of, watch
+
+Array = npt.NDArray[Any]
+_Key = tuple[str, int]
+
+
+@dataclass(frozen=True)
+class _Row:
+    """Results of one row: its heads, and per call its states ``[layers * directions, 1, hidden]``."""
+
+    heads: list[Array]
+    states: dict[_Key, tuple[Tensor, ...]]
+
+
+class Reference:
+    """Runs the source model tick by tick; owns the states of its slots. Satisfies :class:`recurd.verify.Runner`."""
+
+    def __init__(self, model: nn.Module, layout: Layout, contract: Contract, *, double: bool = False) -> None:
+        """``double``: compute in float64, to see what of a difference is float32's own rounding."""
+        self.contract = contract
+        self._layout = layout
+        self._model = copy.deepcopy(copy_of(model)).double() if double else model
+        self._dtype = torch.float64 if double else torch.float32
+        self._states: dict[int, dict[_Key, tuple[Tensor, ...]]] = {}
+
+    def run(self, slots: Array, fresh: Array, lengths: Array, input: Array) -> list[Array]:
+        """See :meth:`recurd.model.Model.run`. Rows of equal length and start run as one batch, others alone."""
+        groups: dict[tuple[int, bool], list[int]] = {}
+        for row in range(len(slots)):
+            groups.setdefault((int(lengths[row]), bool(fresh[row])), []).append(row)
+        done: dict[int, _Row] = {}
+        for (length, start), rows in groups.items():
+            given = None if start else [self._states[int(slots[row])] for row in rows]
+            done |= zip(rows, self._run(input[rows, :length], given), strict=True)
+        for row, result in done.items():
+            self._states[int(slots[row])] = result.states
+        return [self._stack(index, done, input.shape[1]) for index in range(len(self.contract.heads))]
+
+    def read(self, slots: Array) -> dict[str, Array]:
+        """See :meth:`recurd.model.Model.read`."""
+        found: dict[str, list[Array]] = {}
+        for slot in slots:
+            states = self._states[int(slot)]
+            for recurrence in self._layout.recurrences:
+                parts = states[recurrence.path, recurrence.ordinal]
+                shape = (recurrence.layers, recurrence.directions, recurrence.hidden)
+                for layer in range(recurrence.layers):
+                    for name, part in zip(recurrence.state_names(layer), parts, strict=True):
+                        found.setdefault(name, []).append(part.reshape(shape)[layer].numpy())
+        return {name: np.stack(rows) for name, rows in found.items()}
+
+    def pass_along(self, streams: Sequence[Array], cuts: Sequence[int]) -> dict[str, list[Array]]:
+        """Heads (as of :func:`recurd.verify.drive`) of equally long streams when the caller hands the state back.
+
+        Only for models with :func:`returns_state_arguments`.
+        """
+        x = torch.from_numpy(np.stack(streams))
+        _, *rest = self._layout.arguments.with_input(x)
+        parts: list[list[Array]] = [[] for _ in self.contract.heads]
+        for start, stop in itertools.pairwise(cuts):
+            piece, *_ = self._layout.arguments.with_input(x[:, start:stop])
+            run = watch(copy_of(self._model), (piece, *rest))
+            found = [leaf for _, leaf in tree.leaves(run.output)]
+            left = iter([found[position] for position in self._layout.returned_states])
+            rest = tree.map_leaves(rest, lambda _: next(left))  # noqa: B023  (consumed at once)
+            for index, part in enumerate(parts):
+                part.append(self._arranged(index, found, len(streams), stop - start))
+        return {
+            head.name: list(np.concatenate(part, axis=1) if head.per == "step" else part[-1])
+            for head, part in zip(self.contract.heads, parts, strict=True)
+        }
+
+    def _stack(self, index: int, done: dict[int, _Row], steps: int) -> Array:
+        rows = [done[row].heads[index] for row in range(len(done))]
+        if self.contract.heads[index].per == "step":
+            rows = [np.pad(row, [(0, steps - len(row)), *[(0, 0)] * (row.ndim - 1)]) for row in rows]
+        return np.stack(rows)
+
+    def _run(self, x: Array, given: list[dict[_Key, tuple[Tensor, ...]]] | None) -> list[_Row]:
+        """Rows of one length in one batch, from their initial states or from given ones."""
+        batch, steps = x.shape[:2]
+
+        def inject(key: _Key, module: nn.RNNBase, size: int) -> tuple[Tensor, ...] | None:
+            if given is None:
+                return None
+            return tuple(torch.cat(parts, dim=1) for parts in zip(*(row[key] for row in given), strict=True))
+
+        tensor = torch.from_numpy(np.ascontiguousarray(x))
+        args = self._layout.arguments.with_input(tensor.to(self._dtype) if tensor.is_floating_point() else tensor)
+        try:
+            run = watch(copy_of(self._model), args, inject)
+        except ForwardError as error:
+            raise ExportError(
+                f"the model's forward fails with a batch of {batch} and {steps} steps: {error}"
+            ) from error
+        found = [leaf for _, leaf in tree.leaves(run.output)]
+        heads = [self._arranged(index, found, batch, steps) for index in range(len(self.contract.heads))]
+        states = {call.key: call.left for call in run.calls}
+        return [
+            _Row([head[row] for head in heads], {k: tuple(p[:, row : row + 1] for p in v) for k, v in states.items()})
+            for row in range(batch)
+        ]
+
+    def _arranged(self, index: int, found: list[Tensor], batch: int, steps: int) -> Array:
+        layout, head = self._layout.heads[index], self.contract.heads[index]
+        shape = (batch, steps, *head.shape) if head.per == "step" else (batch, *head.shape)
+        tensor = found[layout.position]
+        if tensor.dim() != _rank(layout.outer is not None, shape):
+            return tensor.reshape(shape).numpy()  # a squeeze() without an axis took a batch or a time of one away
+        return layout.arrange(tensor, batch, steps).reshape(shape).numpy()
+
+
+def returns_state_arguments(layout: Layout) -> bool:
+    """Whether the model gives back a state for every state argument it takes."""
+    return 0 < len(layout.arguments.state_axes) == len(layout.returned_states)
+
+
+def _rank(folded: bool, shape: tuple[int, ...]) -> int:
+    return len(shape) - 1 if folded else len(shape)

@@ -1,0 +1,208 @@
+"""Runs a copy of the model once and records what its recurrent modules were given and gave.
+
+The caller's module is never run, hooked or written to: every run has a fresh copy that shares the parameters (which no
+forward writes) and copies everything else (which stateful models do write).
+"""
+
+import copy
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from recurd_export.errors import ExportError
+
+#: Shapes of the tensors that went into and came out of one module without children.
+Passage = tuple[str, str, list[tuple[int, ...]], list[tuple[int, ...]]]
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a recurrent module within one forward."""
+
+    path: str
+    #: The module's own calls in this forward are numbered from 0.
+    ordinal: int
+    module: nn.RNNBase
+    batch: int
+    steps: int
+    #: Initial state as given: ``(h,)`` or ``(h, c)``, each ``[layers * directions, batch, hidden]``; ``None``: zeros.
+    given: tuple[Tensor, ...] | None
+    #: State afterwards, as given.
+    left: tuple[Tensor, ...]
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """What is the same in every forward."""
+        return self.path, self.ordinal
+
+    @property
+    def label(self) -> str:
+        """The layer as error texts name it."""
+        return label(self.path, self.module)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One forward: what it returned and what happened inside."""
+
+    output: Any
+    calls: tuple[Call, ...]
+    passages: tuple[Passage, ...]
+    #: Number of embeddings and ids of every ``nn.Embedding`` that ran.
+    lookups: tuple[tuple[int, Tensor], ...]
+
+
+class ForwardError(Exception):
+    """The model's forward raised; ``layer`` names the module it was in, ``error`` is what it raised."""
+
+    def __init__(self, layer: str, error: Exception, module: nn.Module) -> None:
+        super().__init__(f"{layer}: {type(error).__name__}: {first_line(error)}")
+        self.layer = layer
+        self.error = error
+        self.module = module
+
+
+#: Called before a recurrent module runs: ``(call key, module, batch)`` -> its initial states, ``None``: as they are.
+Inject = Callable[[tuple[str, int], nn.RNNBase, int], tuple[Tensor, ...] | None]
+
+
+def label(path: str, module: nn.Module) -> str:
+    """``'decoder.lstm' (LSTM)``; for the model itself just its class."""
+    kind = type(module).__name__
+    return f"layer '{path}' ({kind})" if path else f"the model itself ({kind})"
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's text, or its type."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def copy_of(model: nn.Module) -> nn.Module:
+    """A copy in eval mode, on the CPU, that shares the parameters (those that are there already) and nothing else."""
+    memo: dict[int, Any] = {id(p): p if p.is_cpu else nn.Parameter(p.detach().cpu()) for p in model.parameters()}
+    for module in model.modules():
+        # Stateful models keep tensors with a graph behind them, which deepcopy refuses.
+        for value in vars(module).values():
+            for tensor in _tensors(value):
+                if id(tensor) not in memo:
+                    memo[id(tensor)] = tensor.detach().cpu().clone()
+    return copy.deepcopy(model, memo).eval()
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from _tensors(item)
+
+
+def watch(copied: nn.Module, args: tuple[Any, ...], inject: Inject | None = None) -> Run:
+    """Run a copy (see :func:`copy_of`) once, without gradients.
+
+    Raises :class:`ForwardError` when the forward raises, :class:`ExportError` for what no recurrent layer may get here.
+    """
+    recorder = _Recorder(copied, inject)
+    try:
+        with torch.no_grad():
+            output = copied(*args)
+    except ExportError:
+        raise
+    except Exception as error:  # a model may raise anything
+        path, module = recorder.active[-1] if recorder.active else ("", copied)
+        raise ForwardError(label(path, module), error, module) from error
+    finally:
+        recorder.remove()
+    return Run(output, tuple(recorder.calls), tuple(recorder.passages), tuple(recorder.lookups))
+
+
+class _Recorder:
+    """Hooks on every module of one copy, for one forward."""
+
+    def __init__(self, model: nn.Module, inject: Inject | None) -> None:
+        self.calls: list[Call] = []
+        self.passages: list[Passage] = []
+        self.lookups: list[tuple[int, Tensor]] = []
+        #: Modules entered and not yet left, innermost last.
+        self.active: list[tuple[str, nn.Module]] = []
+        self._inject = inject
+        self._given: list[tuple[Tensor, ...] | None] = []
+        self._ordinals: dict[str, int] = defaultdict(int)
+        self._handles = []
+        for path, module in model.named_modules():
+            enter = self._enter(path, isinstance(module, nn.RNNBase))
+            self._handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
+            self._handles.append(module.register_forward_hook(self._leave(path), with_kwargs=True))
+
+    def remove(self) -> None:
+        """Take the hooks off again."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _enter(self, path: str, recurrent: bool) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            self.active.append((path, module))
+            if isinstance(module, nn.RNNCellBase):
+                raise ExportError(
+                    f"{label(path, module)} is a cell that takes one step a call, which is not supported yet; "
+                    f"use nn.{type(module).__name__.removesuffix('Cell')} over the whole sequence"
+                )
+            return self._enter_recurrent(path, module, args, kwargs) if recurrent else None
+
+        return hook
+
+    def _enter_recurrent(self, path: str, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        arguments = dict(zip(("input", "hx"), args, strict=False)) | kwargs
+        x, hx = arguments.get("input"), arguments.get("hx")
+        _check_input(path, module, x)
+        if self._inject is not None and x is not None:
+            batch = x.shape[0 if module.batch_first else 1]
+            states = self._inject((path, self._ordinals[path]), module, batch)
+            if states is not None:
+                hx = states if len(states) == 2 else states[0]
+        self._given.append(None if hx is None else _as_tuple(hx))
+        return (x, hx), {}
+
+    def _leave(self, path: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            self.active.pop()
+            if isinstance(module, nn.RNNBase):
+                x = args[0]
+                batch, steps = x.shape[:2] if module.batch_first else (x.shape[1], x.shape[0])
+                ordinal = self._ordinals[path]
+                self._ordinals[path] += 1
+                given, left = self._given.pop(), _as_tuple(output[1])
+                self.calls.append(Call(path, ordinal, module, batch, steps, given, left))
+            if isinstance(module, nn.Embedding):
+                self.lookups.append((module.num_embeddings, args[0]))
+            if next(module.children(), None) is None:
+                shapes = [tuple(t.shape) for t in _tensors(args)]
+                self.passages.append((path, label(path, module), shapes, [tuple(t.shape) for t in _tensors(output)]))
+
+        return hook
+
+
+def _as_tuple(states: Any) -> tuple[Tensor, ...]:
+    return tuple(states) if isinstance(states, tuple | list) else (states,)
+
+
+def _check_input(path: str, module: nn.RNNBase, x: Any) -> None:
+    if isinstance(x, PackedSequence):
+        raise ExportError(
+            f"{label(path, module)} is given a PackedSequence; ragged lengths are part of the contract already, so "
+            f"pass the padded tensor"
+        )
+    if isinstance(x, Tensor) and x.dim() == 2:
+        raise ExportError(
+            f"{label(path, module)} gets an input of rank 2 {list(x.shape)}, without a batch axis; give an example of "
+            f"[batch, time, ...]"
+        )
