@@ -89,7 +89,7 @@ class Application:
         try:
             status, content_type, body = self._answer(environ)
         except Exception:
-            self._log.exception("http request failed", path=environ.get("PATH_INFO", ""))
+            self._log.exception("http_request_failed", path=environ.get("PATH_INFO", ""))
             status, content_type, body = HTTPStatus.INTERNAL_SERVER_ERROR, TEXT, b"internal: see the daemon's log\n"
         headers = [("Content-Type", content_type), ("Content-Length", str(len(body))), ("Cache-Control", "no-store")]
         if status is HTTPStatus.METHOD_NOT_ALLOWED:
@@ -188,12 +188,12 @@ class _Server(ThreadingMixIn, WSGIServer):
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         # what remains here is the network's: a client that went away or was cut
-        self.log.debug("http connection failed", peer=client_address[0], error=repr(sys.exception()))
+        self.log.debug("http_connection_failed", peer=client_address[0], error=repr(sys.exception()))
 
 
 class _Handler(WSGIRequestHandler):
     def log_message(self, format: str, *args: Any) -> None:
-        self.server.log.debug("http request", text=format % args)  # type: ignore[attr-defined]
+        self.server.log.debug("http_request", text=format % args)  # type: ignore[attr-defined]
 
     def address_string(self) -> str:
         return str(self.client_address[0])

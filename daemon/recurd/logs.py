@@ -1,8 +1,8 @@
 """Log lines: one event a line, as ``key=value`` pairs or JSON, on standard error.
 
-A line has ``time`` (UTC), ``level``, ``event`` and fields. The event is a fixed word or two, what varies stands in the
-fields: ``log.info("stream expired", stream="pump-17", idle_seconds=86400)``. An exception (``log.exception(...)``, or
-``exc_info=True``) is a field of the same line. There is no global logger: what is returned here is passed on.
+A line has ``time`` (UTC), ``level``, ``event`` and fields. The event is a fixed word, what varies stands in the fields:
+``log.info("stream_expired", stream="pump-17", idle_seconds=86400)``. An exception (``log.exception(...)``) becomes a
+field of the same line. There is no global logger: what is returned here is passed on.
 """
 
 import os

@@ -57,7 +57,7 @@ class ModelLabels(NamedTuple):
 
 
 class Collector(PrometheusCollector):
-    """Reads ``stats`` at every scrape; owns nothing. ``models`` has the labels of every model in ``stats``."""
+    """Reads ``stats`` at every scrape; owns nothing. ``models`` has a model's labels once it is loaded."""
 
     def __init__(self, stats: Stats, models: Mapping[str, ModelLabels], *, device_fallback: bool) -> None:
         self._stats = stats
@@ -76,7 +76,7 @@ class Collector(PrometheusCollector):
         build = {"version": __version__, "python": platform.python_version()}
         yield InfoMetricFamily("recurd_build", "The daemon.", value=build)
         info = InfoMetricFamily("recurd_model", "A model that is served.", labels=["model"])
-        for name, labels in self._models.items():
+        for name, labels in list(self._models.items()):
             info.add_metric([name], labels._asdict())
         yield info
         text = "1 when a GPU was wished for, could not be had, and the CPU is used."

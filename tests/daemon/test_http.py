@@ -141,7 +141,7 @@ def test_a_bug_is_a_500_without_detail_and_a_traceback_in_the_log(
 
     assert status == 500
     assert "secret" not in body
-    assert 'event="http request failed"' in lines.getvalue()
+    assert "event=http_request_failed" in lines.getvalue()
     assert "ZeroDivisionError: a secret" in lines.getvalue()
 
 
