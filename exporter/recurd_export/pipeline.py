@@ -190,10 +190,15 @@ def _prove(model: nn.Module, found: Layout, contract: Contract, proto: onnx.Mode
     tolerance = Tolerance(atol=max(ATOL, NOISE_FACTOR * _noise(model, found, contract)))
     session = Session(proto, contract)
     tick = Model(proto, contract, device="cpu", slots=len(RAGGED), threads=1)
-    checks = []
-    for where, runner in (("", session), (" (in a tick)", tick)):
-        for check in hold_against(runner, reference, tolerance, np.random.default_rng(0)):
-            checks.append(_hold(msgspec.structs.replace(check, name=check.name + where)))
+    # Of the two runs the worse stands in the report and in the proof.
+    checks = [
+        max(map(_hold, both), key=lambda check: check.error)
+        for both in zip(
+            hold_against(session, reference, tolerance, np.random.default_rng(0)),
+            hold_against(tick, reference, tolerance, np.random.default_rng(0)),
+            strict=True,
+        )
+    ]
     if returns_state_arguments(found):
         checks.append(_hold(_check_passing(reference, tolerance)))
     errors = {check.name: check.error for check in checks}

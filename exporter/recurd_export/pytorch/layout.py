@@ -90,7 +90,7 @@ class Layout:
 
 def find(model: nn.Module, example: Any) -> Layout:
     """Examine a model. Raises :class:`ExportError` with one sentence for all it cannot be exported with."""
-    _check_modules(model)
+    check_modules(model)
     x, rest = read_example(example)
     arguments, run = _orient(model, Arguments(x, rest), _first_run(model, x, rest))
     if arguments.state_axes:
