@@ -7,7 +7,7 @@ golden run at start (:func:`replay_golden`).
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import msgspec
 import numpy as np
@@ -15,6 +15,9 @@ import numpy.typing as npt
 
 from recurd.contract import Contract, Proof
 from recurd.errors import ContractError
+
+if TYPE_CHECKING:
+    from recurd.model import Model
 
 Array = npt.NDArray[Any]
 
@@ -217,18 +220,19 @@ def check_golden(runner: Runner, proof: Proof, slots: int) -> Check:
     return compare("golden run", expected, got, Tolerance(proof.atol, proof.rtol))
 
 
-def replay_golden(runner: Runner, slots: int) -> Check | None:
-    """Replay the golden run at start, in slots ``0 .. slots - 1`` (at most); ``None`` when the contract has no proof.
+def replay_golden(model: "Model") -> float | None:
+    """Replay the golden run on a model no stream uses yet; the largest error, ``None`` when the contract has no proof.
 
-    Raises :class:`ContractError` with the numbers when the results are not those of the proof.
+    Raises :class:`ContractError` with the numbers when the results are not those of the proof. The slots used are left
+    with states in them; a fresh start clears a slot anyway.
     """
-    proof = runner.contract.proof
+    proof = model.contract.proof
     if proof is None:
         return None
-    check = check_golden(runner, proof, slots)
+    check = check_golden(model, proof, model.slots)
     if not check.ok:
-        raise ContractError(f"model '{runner.contract.name}' does not give its golden results: {describe(check)}")
-    return check
+        raise ContractError(f"model '{model.contract.name}' does not give its golden results: {describe(check)}")
+    return check.error
 
 
 def describe(check: Check) -> str:

@@ -112,7 +112,8 @@ def _all_names(recurrence: Recurrence) -> Iterator[str]:
             yield from (name, f"{name}.next")
 
 
-def _check_modules(model: nn.Module) -> None:
+def check_modules(model: nn.Module) -> None:
+    """Refuse, with :class:`ExportError`, models without a recurrent layer or with one that cannot be exported."""
     recurrent = [(path, m) for path, m in model.named_modules() if isinstance(m, nn.RNNBase)]
     if not recurrent:
         cells = [label(path, m) for path, m in model.named_modules() if isinstance(m, nn.RNNCellBase)]
