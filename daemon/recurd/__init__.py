@@ -4,4 +4,24 @@ Clients need only this package: :func:`connect` for threads, :mod:`recurd.aio` f
 ``recurd serve``; to read its code, start at :mod:`recurd.engine`.
 """
 
+from typing import TYPE_CHECKING, Any
+
+from recurd.errors import Broken, RecurdError, Refused, Unanswered
+
+if TYPE_CHECKING:
+    from recurd import aio
+    from recurd.client import Client, Stream, connect
+
+__all__ = ["Broken", "Client", "RecurdError", "Refused", "Stream", "Unanswered", "aio", "connect"]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """The clients are imported when they are asked for: the daemon's core must not load zmq with this package."""
+    import importlib
+
+    if name == "aio":
+        return importlib.import_module("recurd.aio")
+    if name in ("connect", "Client", "Stream"):
+        return getattr(importlib.import_module("recurd.client"), name)
+    raise AttributeError(f"module 'recurd' has no attribute '{name}'")

@@ -1,0 +1,357 @@
+"""The client for threads: ``recurd.connect``.
+
+One background thread owns socket and session (:mod:`recurd.session` is where the protocol's client side is). Users'
+threads put what they want into an inbox, wake it, and wait on futures; every object here may be used by many threads at
+once, but not by another process: open a client after a fork, not before.
+"""
+
+import contextlib
+import logging
+import os
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from types import TracebackType
+from typing import Any
+
+import numpy.typing as npt
+import zmq
+
+from recurd.errors import RecurdError, Unanswered
+from recurd.interface import CLOSED, Connection, OpenStream, closed_error, no_answer
+from recurd.link import Link
+from recurd.signature import Payload, Result
+from recurd.writer import Mode, Record, Writer
+
+_log = logging.getLogger("recurd.client")
+#: Longest wait of the background thread: a bound on what a clock that jumps can do.
+_MAX_WAIT_SECONDS = 60.0
+
+
+class _Reply(Future[Any]):
+    """A future that only the daemon's answer resolves. It cannot be cancelled: what was sent may have been run."""
+
+    def __init__(self, room: threading.Semaphore | None = None) -> None:
+        super().__init__()
+        self.set_running_or_notify_cancel()
+        self._room = room
+
+    def resolve(self, value: Any, error: RecurdError | None) -> None:
+        """Hand the answer to whoever waits, and make room for the next chunk."""
+        if self._room is not None:
+            self._room.release()
+        if error is None:
+            self.set_result(value)
+        else:
+            error.__traceback__ = None  # one error may be raised many times; it must not remember all of them
+            self.set_exception(error)
+
+
+class _Opening(_Reply):
+    """The future of an OPEN; ``writer`` is there before it is resolved."""
+
+    writer: Writer
+
+
+def connect(endpoint: str, *, timeout_seconds: float = 30.0, queue_limit: int = 256) -> "Client":
+    """Connect to a daemon, for example ``tcp://127.0.0.1:7070`` or ``ipc:///run/recurd/recurd.sock``.
+
+    ``timeout_seconds`` is how long a call waits for its answer when it is not told otherwise (``math.inf``: for ever),
+    and how long this one waits for the daemon. ``queue_limit`` is how many chunks of a stream may be unanswered before
+    ``submit`` waits.
+
+    Raises:
+        Unanswered: no daemon answered in time.
+        Refused: the daemon did not want us, for example because it speaks another version of the protocol.
+    """
+    client = Client(endpoint, timeout_seconds=timeout_seconds, queue_limit=queue_limit)
+    try:
+        client._wait_for_welcome()
+    except BaseException:
+        client.close()
+        raise
+    return client
+
+
+class Client(Connection):
+    """A connection to a daemon, made anew whenever it breaks. Made by :func:`connect`; a context manager.
+
+    Closing the client leaves its streams open in the daemon, with their state, for whoever opens them next.
+    """
+
+    def __init__(self, endpoint: str, *, timeout_seconds: float, queue_limit: int) -> None:
+        self._welcomed = _Reply()
+        super().__init__(endpoint, self._welcomed, time.monotonic(), timeout_seconds, queue_limit)
+        self._process = os.getpid()
+        # shared with the background thread
+        self._inbox: deque[Callable[[], None]] = deque()
+        self._awake = False
+        self._closing = False
+        self._closed = threading.Event()
+        self._lock = threading.Lock()  # for what is done after the thread's end
+        self._wake_in, self._wake_out = socket.socketpair()
+        self._wake_in.setblocking(False)
+        self._wake_out.setblocking(False)
+        self._thread = threading.Thread(target=self._run, name=f"recurd-client {endpoint}", daemon=True)
+        self._thread.start()
+
+    def _wait_for_welcome(self) -> None:
+        _wait(self._welcomed, self._deadline(None), self._no_daemon())
+        self._welcomed.result()
+
+    # --- calls, on users' threads ---
+
+    def open(
+        self,
+        name: str,
+        *,
+        model: str | None = None,
+        mode: Mode = "auto",
+        idle_timeout_seconds: float | None = None,
+        timeout_seconds: float | None = None,
+    ) -> "Stream":
+        """Open a stream of a model (which may be left out where the daemon serves only one).
+
+        ``mode``: ``auto`` resumes the stream, or starts it when there is none; ``resume`` only resumes; ``new`` drops
+        what there was. ``idle_timeout_seconds``: how long the daemon keeps it without a chunk (its default: one day).
+
+        Raises:
+            Refused: the daemon did not open it; ``code`` says why.
+            Broken: its state is lost (mode ``resume``).
+            Unanswered: no answer in time; the stream is not open here, and may be opened again.
+        """
+        request = self._request(name, model, mode, idle_timeout_seconds)
+        opening = _Opening()
+
+        def start() -> None:
+            opening.writer = self._session.open(request, opening)
+
+        self._hand_over(start)
+        late = no_answer(f"opening stream '{name}'", self._seconds(timeout_seconds))
+        try:
+            _wait(opening, self._deadline(timeout_seconds), late)
+        except BaseException:  # the time-out, or Ctrl-C: nobody will use it
+            self._hand_over(lambda: self._session.give_up(opening.writer, late))
+            raise
+        opening.result()
+        return Stream(self, opening.writer)
+
+    def push_many(
+        self, chunks: "Mapping[Stream, npt.ArrayLike]", *, timeout_seconds: float | None = None
+    ) -> "dict[Stream, Result]":
+        """Push a chunk to each of many streams at once (one message) and wait for all results.
+
+        Raises what :meth:`Stream.push` raises, for the first stream that failed, after all have been answered; with
+        :meth:`submit_many` each can be looked at by itself.
+        """
+        deadline = self._deadline(timeout_seconds)
+        futures = self.submit_many(chunks, timeout_seconds=timeout_seconds)
+        for stream, future in futures.items():
+            _wait(future, deadline, stream._late(deadline))
+        return {stream: future.result() for stream, future in futures.items()}
+
+    def submit_many(
+        self, chunks: "Mapping[Stream, npt.ArrayLike]", *, timeout_seconds: float | None = None
+    ) -> "dict[Stream, Future[Result]]":
+        """Send a chunk to each of many streams at once, in one message; returns the futures of the results.
+
+        Nothing is sent when one of the chunks cannot be (TypeError, ValueError) or there is no room for it in time.
+        """
+        deadline = self._deadline(timeout_seconds)
+        records = {stream: stream._record(stream._payload(x)) for stream, x in chunks.items()}
+        taken: list[Stream] = []
+        try:
+            for stream in records:
+                stream._take_room(deadline)
+                taken.append(stream)
+        except BaseException:
+            for stream in taken:
+                stream._room.release()
+            raise
+        batch = [(stream._writer, [record]) for stream, record in records.items()]
+        self._hand_over(lambda: self._submit(batch))
+        return {stream: record.token for stream, record in records.items()}
+
+    def close(self) -> None:
+        """Close the connection. What is unanswered fails with :class:`Unanswered`. May be called twice."""
+        self._closing = True
+        if os.getpid() != self._process:
+            return  # a forked child: thread and socket are the parent's
+        self._wake()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def __enter__(self) -> "Client":
+        return self
+
+    def __exit__(
+        self, type: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<recurd client of {self.endpoint}{' (closed)' if self._closing else ''}>"
+
+    def _deadline(self, timeout_seconds: float | None) -> "_Deadline":
+        return _Deadline(self._seconds(timeout_seconds))
+
+    # --- handing over ---
+
+    def _hand_over(self, work: Callable[[], None]) -> None:
+        """Have work done by the background thread. Raises :class:`RecurdError` where there is none."""
+        if self._closing:
+            raise closed_error()
+        if os.getpid() != self._process:
+            raise RecurdError("this client was connected before the fork; connect in the process that uses it")
+        self._inbox.append(work)
+        self._wake()
+        if self._closed.is_set():
+            self._do_work()  # the thread ended meanwhile; its session answers everything with the reason
+
+    def _wake(self) -> None:
+        if not self._awake:
+            self._awake = True
+            with contextlib.suppress(OSError):  # full of wake-ups, or closed: nobody has to be woken
+                self._wake_in.send(b"\0")
+
+    def _submit(self, batch: Iterable[tuple[Writer, list[Record]]]) -> None:
+        for writer, records in batch:
+            self._session.submit(writer, records)
+
+    # --- the background thread ---
+
+    def _run(self) -> None:
+        link = Link(self.endpoint, self._session)
+        error: RecurdError = Unanswered(CLOSED)
+        try:
+            while not self._closing:
+                self._turn(link)
+        except Exception as bug:
+            _log.exception("the client's background thread failed")
+            error = RecurdError(f"the client failed: {bug!r}")
+        self._session.end(error)
+        self._closed.set()
+        self._do_work()
+        link.close()
+        self._wake_in.close()
+        self._wake_out.close()
+
+    def _turn(self, link: Link) -> None:
+        self._take_inbox()
+        link.turn(time.monotonic())
+        self._resolve()
+        deadline = self._session.deadline()
+        wait_seconds = _MAX_WAIT_SECONDS if deadline is None else deadline - time.monotonic()
+        milliseconds = int(1000 * min(max(wait_seconds, 0.0), _MAX_WAIT_SECONDS)) + 1
+        ready = zmq.zmq_poll([*link.watched, (self._wake_out.fileno(), zmq.POLLIN)], milliseconds)
+        if any(source == self._wake_out.fileno() for source, _ in ready):
+            self._wake_out.recv(4096)
+            self._awake = False  # before the inbox is looked at: what comes later wakes again
+
+    def _take_inbox(self) -> None:
+        inbox = self._inbox
+        while inbox:
+            inbox.popleft()()
+
+    def _resolve(self) -> None:
+        for reply, value, error in self._session.take_answers():
+            reply.resolve(value, error)
+
+    def _do_work(self) -> None:
+        """After the thread's end, for whoever finds work in the inbox."""
+        with self._lock:
+            self._take_inbox()
+            self._resolve()
+
+
+class Stream(OpenStream):
+    """An open stream. Chunks run in the order they are handed in. Made by :meth:`Client.open`."""
+
+    def __init__(self, client: Client, writer: Writer) -> None:
+        super().__init__(writer, client._session)
+        self._client = client
+        self._room = threading.Semaphore(client._queue_limit)
+
+    def push(self, x: npt.ArrayLike, *, timeout_seconds: float | None = None) -> Result:
+        """Send a chunk and wait for its result: ``x [steps, features]`` gives ``y [steps, outputs]``.
+
+        Several heads come as a dictionary by head name; a head of the last step comes without the time axis. Numbers
+        are converted to the model's type where that is safe. A model of one feature takes ``[steps]`` too, as does one
+        of token ids.
+
+        Raises:
+            TypeError, ValueError: the chunk is not what the model takes; nothing was sent.
+            Refused: the daemon did not take the chunk; the stream goes on without it.
+            Broken: the stream's state is lost; open it again to start afresh.
+            Unanswered: no result in time. The chunk keeps its place: it may have run, or may run yet.
+        """
+        deadline = self._client._deadline(timeout_seconds)
+        future = self._submit(self._payload(x), deadline)
+        _wait(future, deadline, self._late(deadline))
+        result: Result = future.result()
+        return result
+
+    def submit(self, x: npt.ArrayLike, *, timeout_seconds: float | None = None) -> Future[Result]:
+        """Send a chunk without waiting for its result, which the future will have.
+
+        Waits only while ``queue_limit`` chunks of the stream are unanswered; raises then what :meth:`push` raises. A
+        callback added to the future runs on the client's own thread: it may submit more, but must not wait for answers.
+        """
+        return self._submit(self._payload(x), self._client._deadline(timeout_seconds))
+
+    def reset(self, *, timeout_seconds: float | None = None) -> None:
+        """Start afresh after the chunks handed in before: the next step starts from the initial state."""
+        deadline = self._client._deadline(timeout_seconds)
+        future = self._submit(None, deadline)
+        _wait(future, deadline, self._late(deadline))
+        future.result()
+
+    def close(self, *, timeout_seconds: float | None = None) -> None:
+        """Answer what was handed in before, then forget the stream and its state, here and in the daemon."""
+        deadline = self._client._deadline(timeout_seconds)
+        reply = _Reply()
+        self._client._hand_over(lambda: self._client._session.close(self._writer, reply))
+        _wait(reply, deadline, self._late(deadline))
+        reply.result()
+
+    def _late(self, deadline: "_Deadline") -> Unanswered:
+        return no_answer(f"stream '{self.name}'", deadline.seconds)
+
+    def _record(self, payload: Payload | None) -> Record:
+        return Record(_Reply(self._room), payload)
+
+    def _take_room(self, deadline: "_Deadline") -> None:
+        if not self._room.acquire(timeout=deadline.left()):
+            raise self._no_room(deadline.seconds)
+
+    def _submit(self, payload: Payload | None, deadline: "_Deadline") -> Future[Any]:
+        record = self._record(payload)
+        self._take_room(deadline)
+        self._client._hand_over(lambda: self._client._session.submit(self._writer, (record,)))
+        future: Future[Any] = record.token
+        return future
+
+
+class _Deadline:
+    """What is left of a call's time-out."""
+
+    __slots__ = ("_end", "seconds")
+
+    def __init__(self, seconds: float | None) -> None:
+        self.seconds = seconds
+        self._end = None if seconds is None else time.monotonic() + seconds
+
+    def left(self) -> float | None:
+        return None if self._end is None else max(0.0, self._end - time.monotonic())
+
+
+def _wait(future: Future[Any], deadline: _Deadline, late: Unanswered) -> None:
+    """Wait until a future is done, whatever its outcome. Raises ``late`` when it is not in time."""
+    try:
+        future.exception(deadline.left())
+    except FutureTimeoutError:
+        raise late from None

@@ -1,0 +1,144 @@
+"""A session's way to its daemon: one DEALER socket at a time, made anew when the connection is lost.
+
+The only client module with zmq. :meth:`Link.turn` moves whatever can move and never waits; the drivers wait, on
+:attr:`Link.watched`, until there is something to move.
+"""
+
+import logging
+from collections import deque
+from collections.abc import Callable
+
+import zmq
+from zmq.utils.monitor import parse_monitor_message
+
+from recurd.errors import RecurdError
+from recurd.session import Session
+
+_log = logging.getLogger("recurd.client")
+
+#: Far above any result there should be: a bound on what a strange daemon can make us allocate.
+MAX_FRAME_BYTES = 1 << 30
+
+_OPTIONS = {
+    zmq.LINGER: 0,  # what is unanswered is sent again on the next connection
+    zmq.MAXMSGSIZE: MAX_FRAME_BYTES,
+    zmq.RCVHWM: 10_000,  # answers are bounded by what was asked
+    zmq.HEARTBEAT_IVL: 2_000,
+    zmq.HEARTBEAT_TIMEOUT: 6_000,
+    zmq.HEARTBEAT_TTL: 10_000,
+    zmq.HANDSHAKE_IVL: 5_000,
+    zmq.RECONNECT_IVL: 50,  # until the first connection; after that a lost one costs the socket
+    zmq.RECONNECT_IVL_MAX: 1_000,
+}
+
+
+class Link:
+    """Owns the context, the socket and its monitor. Not thread-safe: one driver, one thread."""
+
+    def __init__(self, endpoint: str, session: Session, watch: Callable[[list[int]], None] | None = None) -> None:
+        """``watch`` is told which file descriptors to wait for: none before sockets are closed, theirs when made."""
+        self.endpoint = endpoint
+        self._session = session
+        self._watch = watch or _ignore
+        self._context = zmq.Context()
+        self._socket: zmq.Socket[bytes] | None = None
+        self._monitor: zmq.Socket[bytes] | None = None
+        self._outbox: deque[bytes] = deque()
+
+    @property
+    def watched(self) -> list[tuple[zmq.Socket[bytes], int]]:
+        """Sockets and what to poll them for."""
+        if self._socket is None or self._monitor is None:
+            return []
+        return [(self._socket, zmq.POLLIN | (zmq.POLLOUT if self._outbox else 0)), (self._monitor, zmq.POLLIN)]
+
+    def turn(self, now: float) -> None:
+        """Receive and send until nothing moves any more."""
+        session = self._session
+        moving = True
+        while moving:
+            moving = self._receive(now)
+            if self._is_lost():
+                moving |= self._receive(now)  # what came before the loss
+                session.disconnected(now)
+            if not session.is_connected:
+                self._drop()
+            if session.wants_connection(now):
+                self._connect(now)
+            moving |= self._send(now)
+
+    def close(self) -> None:
+        """Let go of everything; what is in the socket is lost."""
+        self._drop()
+        self._context.term()
+
+    def _connect(self, now: float) -> None:
+        socket = self._context.socket(zmq.DEALER)
+        for option, value in _OPTIONS.items():
+            socket.setsockopt(option, value)
+        monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        try:
+            socket.connect(self.endpoint)
+        except zmq.ZMQError as error:
+            socket.disable_monitor()
+            monitor.close()
+            socket.close()
+            self._session.end(RecurdError(f"'{self.endpoint}' cannot be connected to: {error.strerror}"))
+            return
+        self._socket, self._monitor = socket, monitor
+        self._session.connected(now)
+        self._watch([socket.getsockopt(zmq.FD), monitor.getsockopt(zmq.FD)])
+
+    def _drop(self) -> None:
+        socket, monitor = self._socket, self._monitor
+        self._socket = self._monitor = None
+        self._outbox.clear()
+        if socket is not None and monitor is not None:
+            self._watch([])
+            socket.disable_monitor()
+            monitor.close()
+            socket.close()
+            if self._session.error is None:
+                _log.info("connection to %s lost; making a new one", self.endpoint)
+
+    def _is_lost(self) -> bool:
+        lost = False
+        while self._monitor is not None:
+            try:
+                message = self._monitor.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                break
+            lost |= parse_monitor_message(message)["event"] == zmq.EVENT_DISCONNECTED
+        return lost
+
+    def _receive(self, now: float) -> bool:
+        """Hand every frame that is there to the session; whether there was one."""
+        socket, session, moved = self._socket, self._session, False
+        while socket is not None:
+            try:
+                parts = socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                break
+            moved = True
+            session.receive(parts[0] if len(parts) == 1 else b"", now)  # the protocol knows only single frames
+        return moved
+
+    def _send(self, now: float) -> bool:
+        """Send as much as the socket takes; whether anything went out."""
+        moved = False
+        while self._socket is not None:
+            if not self._outbox:
+                self._outbox.extend(self._session.frames_to_send(now))
+            if not self._outbox or not self._session.is_connected:
+                break
+            try:
+                self._socket.send(self._outbox[0], zmq.NOBLOCK)
+            except zmq.Again:
+                break
+            self._outbox.popleft()
+            moved = True
+        return moved
+
+
+def _ignore(descriptors: list[int]) -> None:
+    pass
