@@ -9,6 +9,9 @@ BIN := $(VENV)/bin
 # Touched when everything is installed; made anew when what is to be installed changes.
 STAMP := $(VENV)/.installed
 
+# onnxruntime reports to its maker unless it is told not to.
+export ORT_DISABLE_TELEMETRY = 1
+
 .DEFAULT_GOAL := help
 .PHONY: help setup test test-gpu demo bench format clean
 
@@ -16,6 +19,7 @@ help:  ## this list
 	@grep -hE '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*  ## /  make \1\t/' | expand -t 16
 
 setup: $(STAMP)  ## install everything into .venv (the others do it by themselves)
+	@echo "$(VENV) is ready"
 
 test: $(STAMP)  ## all checks: format, lint, types, tests
 	$(BIN)/python -m ruff format --check .

@@ -1,5 +1,6 @@
 """The command line: quick help, flags over the file, one sentence and an exit code for what is wrong."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -138,6 +139,24 @@ def test_any_other_missing_module_is_a_bug(command: list[BaseException]) -> None
     command.append(ModuleNotFoundError("No module named 'recurd.nothing'", name="recurd.nothing"))
 
     assert isinstance(recurd("fail").exception, ModuleNotFoundError)
+
+
+def test_no_command_lets_onnxruntime_report_to_its_maker(tmp_path: Path) -> None:
+    (tmp_path / "recurd_probe.py").write_text(
+        "import click\n@click.command()\ndef probe():\n    import onnxruntime\n    print(onnxruntime.__version__)\n"
+    )
+    script = (
+        "from recurd.cli import COMMANDS, Entry, main\n"
+        "COMMANDS['probe'] = Entry('recurd_probe:probe', 'gpu', '')\n"
+        "main(['probe'])"
+    )
+    # onnxruntime keeps an identifier and what it is about to send in the cache folder; it holds back in CI by itself
+    environ = {key: value for key, value in os.environ.items() if key not in ("CI", "ORT_DISABLE_TELEMETRY")}
+    environ |= {"XDG_CACHE_HOME": str(tmp_path / "cache"), "PYTHONPATH": str(tmp_path)}
+
+    subprocess.run([sys.executable, "-c", script], env=environ, check=True)
+
+    assert list(tmp_path.glob("cache/**/*")) == []
 
 
 def test_every_command_can_be_imported_and_has_help() -> None:

@@ -95,6 +95,10 @@ def test_the_service_starts_a_command_that_exists_with_the_documented_configurat
     assert "/etc/recurd/recurd.toml" in (DEPLOY / "README.md").read_text()
 
 
+def test_the_service_does_not_let_onnxruntime_report_to_its_maker() -> None:
+    assert "\nEnvironment=ORT_DISABLE_TELEMETRY=1\n" in (DEPLOY / "recurd.service").read_text()
+
+
 def test_the_readme_names_every_exit_code_of_the_daemon() -> None:
     table = re.findall(r"^\| (\d+) \|.*\| (yes|no) \|$", (DEPLOY / "README.md").read_text(), re.MULTILINE)
 

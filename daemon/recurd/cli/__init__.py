@@ -4,6 +4,7 @@ So ``recurd --help`` is quick and works with any set of extras, and a command th
 recurd raises on purpose become one line on standard error and their exit code; a traceback means a bug.
 """
 
+import os
 from importlib import import_module
 from typing import Any, NamedTuple, NoReturn
 
@@ -86,6 +87,8 @@ class LazyGroup(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command; what recurd raises on purpose ends in one line and an exit code."""
+        # onnxruntime reports to its maker from 1.29 on, unless this is set before it is imported
+        os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
         try:
             return super().invoke(ctx)
         except StartError as error:
