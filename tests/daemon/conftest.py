@@ -1,6 +1,5 @@
 """A real daemon serving a model whose every output says what went into it, and a network that can be cut."""
 
-import contextlib
 import os
 import re
 import selectors
@@ -175,11 +174,10 @@ class Proxy:
             self._drop(end)
 
     def _drop(self, end: socket.socket) -> None:
-        for one in (end, self._other.pop(end, None)):
-            if one is not None:
+        if end in self._other:  # else dropped with its other end already
+            for one in (end, self._other.pop(end)):
                 self._other.pop(one, None)
-                with contextlib.suppress(KeyError):
-                    self._selector.unregister(one)
+                self._selector.unregister(one)
                 one.close()
 
 
