@@ -1,8 +1,8 @@
 """From a trained torch module to a proven contract file: read this first.
 
-Look at the model (``layout``), make its states explicit and trace it (``hoist``), make sure it works step by step
-(``steps``), convert it to ONNX (``convert``), hold the file against the model (``recurd.verify`` with ``reference``),
-give it its final name (``publish``).
+Look at the model (``layout``), make its states explicit and trace it (``hoist``, ``rewrite``), make sure it works step
+by step (``steps``), convert it to ONNX (``convert``), hold the file against the model (``recurd.verify`` with
+``reference``), give it its final name (``publish``).
 """
 
 import itertools
@@ -41,8 +41,9 @@ from recurd.verify import (
 )
 from recurd_export.errors import ExportError
 from recurd_export.publish import unpublished
-from recurd_export.pytorch import convert, hoist, layout, steps
+from recurd_export.pytorch import convert, hoist, layout, rewrite, steps
 from recurd_export.pytorch.layout import Layout, Recurrence
+from recurd_export.pytorch.outputs import HeadLayout
 from recurd_export.pytorch.reference import Reference, returns_state_arguments
 from recurd_export.report import Layer, Report
 from recurd_export.session import Session
@@ -81,7 +82,7 @@ def export(model: nn.Module, example: Any, path: Path, facts: Facts, progress: P
         with convert.quiet():
             program = hoist.trace(hoisted)
         progress(STAGES[2])
-        steps.pick_last_steps(program)
+        rewrite.settle(program)
         steps.check(program, found)
         progress(STAGES[3])
         contract = _describe_model(model, found, program, facts)
@@ -151,7 +152,7 @@ def _input(found: Layout, facts: Facts) -> Input:
     return described
 
 
-def _head(head: layout.HeadLayout, value: Tensor, facts: Facts) -> Head:
+def _head(head: HeadLayout, value: Tensor, facts: Facts) -> Head:
     shape = value.shape[2 if head.per == "step" else 1 :]
     if not all(isinstance(size, int) for size in shape):
         raise ExportError(

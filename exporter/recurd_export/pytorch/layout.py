@@ -8,7 +8,7 @@ is a constant.
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from recurd_export.errors import ExportError
 from recurd_export.pytorch import tree
 from recurd_export.pytorch.arguments import BATCH, OTHER_BATCH, OTHER_STEPS, STEPS, Arguments, read_example
-from recurd_export.pytorch.watch import Call, ForwardError, Run, copy_of, first_line, label, watch
+from recurd_export.pytorch.outputs import HeadLayout, find_outputs
+from recurd_export.pytorch.watch import Call, ForwardError, Run, copy_of, first_line, label, run_with, watch
 
 _CLASSES: dict[str, type[nn.RNNBase]] = {"LSTM": nn.LSTM, "GRU": nn.GRU, "RNN_TANH": nn.RNN, "RNN_RELU": nn.RNN}
 
@@ -49,30 +50,6 @@ class Recurrence:
 
 
 @dataclass(frozen=True)
-class HeadLayout:
-    """Where a head stands in what the model returns, and its axes there."""
-
-    name: str
-    position: int
-    per: Literal["step", "last"]
-    batch_axis: int
-    time_axis: int | None = None
-    #: With steps and rows in one axis (at ``batch_axis``): which of the two runs slower.
-    outer: Literal["batch", "time"] | None = None
-
-    def arrange(self, tensor: Tensor, batch: Any, steps: Any) -> Tensor:
-        """The head as ``[batch, time, ...]``, or ``[batch, ...]`` for the last step."""
-        if self.outer is not None:
-            sizes = (batch, steps) if self.outer == "batch" else (steps, batch)
-            shape = (*tensor.shape[: self.batch_axis], *sizes, *tensor.shape[self.batch_axis + 1 :])
-            axes = (self.batch_axis, self.batch_axis + 1)
-            return tensor.reshape(shape).movedim(axes if self.outer == "batch" else axes[::-1], (0, 1))
-        if self.time_axis is None:
-            return tensor.movedim(self.batch_axis, 0)
-        return tensor.movedim((self.batch_axis, self.time_axis), (0, 1))
-
-
-@dataclass(frozen=True)
 class Layout:
     """All that was found out."""
 
@@ -97,12 +74,12 @@ def find(model: nn.Module, example: Any) -> Layout:
         _check_state_arguments(model, arguments)
     runs = [
         run,
-        _run(model, arguments, arguments.random(OTHER_BATCH, STEPS, 1)),
-        _run(model, arguments, arguments.random(BATCH, OTHER_STEPS, 2)),
+        run_with(model, arguments, arguments.random(OTHER_BATCH, STEPS, 1)),
+        run_with(model, arguments, arguments.random(BATCH, OTHER_STEPS, 2)),
     ]
     _check_steady(runs)
     recurrences = _recurrences(model, arguments, runs)
-    heads, states = _outputs(model, arguments, runs, {name for r in recurrences for name in _all_names(r)})
+    heads, states = find_outputs(model, arguments, runs, {name for r in recurrences for name in _all_names(r)})
     return Layout(arguments, recurrences, heads, states)
 
 
@@ -153,16 +130,6 @@ def _example_trouble(x: Tensor, error: ForwardError) -> str:
     return f"the model's forward fails on the example in {error}"
 
 
-def _run(model: nn.Module, arguments: Arguments, x: Tensor) -> Run:
-    try:
-        return watch(copy_of(model), arguments.with_input(x))
-    except ForwardError as error:
-        raise ExportError(
-            f"the model's forward takes the example's sizes only: with a batch of {x.shape[0]} and {x.shape[1]} steps "
-            f"it fails in {error}"
-        ) from error.error
-
-
 def _orient(model: nn.Module, arguments: Arguments, first: Run) -> tuple[Arguments, Run]:
     """Which axis of the input is time and which axis of every state argument is batch, and a run that shows it."""
     arguments = replace(arguments, classes=_classes(arguments.example, first))
@@ -180,7 +147,7 @@ def _orient(model: nn.Module, arguments: Arguments, first: Run) -> tuple[Argumen
         for time_major in (time_major_first, not time_major_first):
             candidate = replace(arguments, time_major=time_major, state_axes=state_axes)
             try:
-                run = _run(model, candidate, candidate.random(BATCH, STEPS, 0))
+                run = run_with(model, candidate, candidate.random(BATCH, STEPS, 0))
                 _check_sizes(run)
             except ExportError as error:
                 trouble = trouble or error
@@ -292,96 +259,10 @@ def _initial(model: nn.Module, arguments: Arguments, calls: Sequence[Call]) -> t
 
 def _unsteady(model: nn.Module, arguments: Arguments, call: Call) -> str:
     x = arguments.random(BATCH, STEPS, 0)
-    again = next(c for c in _run(model, arguments, x).calls if c.key == call.key)
+    again = next(c for c in run_with(model, arguments, x).calls if c.key == call.key)
     same = call.given is not None and again.given is not None and all(map(torch.equal, call.given, again.given))
     why = "depends on the input" if same else "is drawn at random"
     return (
         f"the initial state of {call.label} {why}; a stream's state can start from zeros or from constant or learned "
         f"values only"
     )
-
-
-def _outputs(
-    model: nn.Module, arguments: Arguments, runs: Sequence[Run], taken: set[str]
-) -> tuple[tuple[HeadLayout, ...], tuple[int, ...]]:
-    found = [tree.leaves(run.output) for run in runs]
-    paths = [path for path, _ in found[0]]
-    if not paths:
-        raise ExportError("the model returns no tensor")
-    if any([path for path, _ in other] != paths for other in found[1:]):
-        raise ExportError("what the model returns depends on the input or its length")
-    states = _returned_states(arguments, runs[0], [tensor for _, tensor in found[0]])
-    if len(states) == len(paths):
-        states = ()  # a model that gives nothing but its states means them as its output
-    positions = [position for position in range(len(paths)) if position not in states]
-    names = _names([paths[position] for position in positions], taken)
-    heads = []
-    for name, position in zip(names, positions, strict=True):
-        tensors = [leaves[position][1] for leaves in found]
-        head = _axes(name, position, [tuple(tensor.shape) for tensor in tensors])
-        heads.append(_order(model, arguments, head, tensors[0]) if head.outer else head)
-    return tuple(heads), states
-
-
-def _returned_states(arguments: Arguments, run: Run, tensors: Sequence[Tensor]) -> tuple[int, ...]:
-    """Positions of returned tensors that are states: equal to a layer's, or an argument's new value."""
-    left = [state for call in run.calls for state in call.left]
-    _, *rest = arguments.with_input(arguments.random(BATCH, 1, 0))
-    shapes = {state.shape for _, state in tree.leaves(rest)}
-    values = torch.cat([state.flatten() for state in left])
-    return tuple(
-        position
-        for position, tensor in enumerate(tensors)
-        if any(tensor.shape == state.shape and torch.equal(tensor, state) for state in left)
-        or (tensor.shape in shapes and bool(torch.isin(tensor, values).all()))
-    )
-
-
-def _names(paths: Sequence[tree.Path], taken: set[str]) -> list[str]:
-    """Head names: dictionary keys and field names, else ``output``, ``output_1``, ..."""
-    names: list[str] = []
-    for number, path in enumerate(paths):
-        keys = [str(part) for part in path] if any(isinstance(part, str) for part in path) else []
-        name = ".".join(keys) or ("output" if len(paths) == 1 else f"output_{number}")
-        while name in taken | {"input", "lengths", *names}:
-            name += "_out"
-        names.append(name)
-    return names
-
-
-def _axes(name: str, position: int, shapes: Sequence[tuple[int, ...]]) -> HeadLayout:
-    """Find batch and time by what changes with which size. ``shapes`` are those of the three runs of :func:`find`."""
-    if len({len(shape) for shape in shapes}) != 1:
-        raise ExportError(f"the rank of head '{name}' depends on the input's sizes: {[list(s) for s in shapes]}")
-    roles = {
-        (BATCH, OTHER_BATCH, BATCH): "batch",
-        (STEPS, STEPS, OTHER_STEPS): "time",
-        (BATCH * STEPS, OTHER_BATCH * STEPS, BATCH * OTHER_STEPS): "both",
-    }
-    axes: dict[str, list[int]] = {"batch": [], "time": [], "both": [], "other": []}
-    for axis, sizes in enumerate(zip(*shapes, strict=True)):
-        if len(set(sizes)) > 1:
-            axes[roles.get(sizes, "other")].append(axis)
-    batch, time, both = axes["batch"], axes["time"], axes["both"]
-    if not axes["other"] and (len(batch), len(time), len(both)) == (1, 1, 0):
-        return HeadLayout(name, position, "step", batch[0], time[0])
-    if not axes["other"] and (len(batch), len(time), len(both)) == (1, 0, 0):
-        return HeadLayout(name, position, "last", batch[0])
-    if not axes["other"] and (len(batch), len(time), len(both)) == (0, 0, 1):
-        return HeadLayout(name, position, "step", both[0], outer="batch")
-    raise ExportError(
-        f"head '{name}' has the shape {list(shapes[0])} for a batch of {BATCH} and {STEPS} steps; a head needs one "
-        f"batch axis, and one time axis of as many steps as the input or none (its last step)"
-    )
-
-
-def _order(model: nn.Module, arguments: Arguments, head: HeadLayout, tensor: Tensor) -> HeadLayout:
-    """Whether rows or steps run slower in an axis that holds both: compare with one row alone."""
-    x = arguments.random(BATCH, STEPS, 0)
-    alone = tree.leaves(_run(model, arguments, x[:1]).output)[head.position][1]
-    for outer in ("batch", "time"):
-        candidate = replace(head, outer=outer)
-        row = candidate.arrange(tensor, BATCH, STEPS)[:1]
-        if torch.allclose(row, candidate.arrange(alone, 1, STEPS), 1e-4, 1e-5):
-            return candidate
-    raise ExportError(f"head '{head.name}' is {list(tensor.shape)}, and its rows are not those of single streams")

@@ -126,9 +126,11 @@ class Reference:
         layout, head = self._layout.heads[index], self.contract.heads[index]
         shape = (batch, steps, *head.shape) if head.per == "step" else (batch, *head.shape)
         tensor = found[layout.position]
-        if tensor.dim() != _rank(layout.outer is not None, shape):
-            return tensor.reshape(shape).numpy()  # a squeeze() without an axis took a batch or a time of one away
-        return layout.arrange(tensor, batch, steps).reshape(shape).numpy()
+        if tensor.dim() == _rank(layout.outer is not None, shape):
+            tensor = layout.arrange(tensor, batch, steps)
+        # A squeeze() without an axis may have taken a batch or a time of one away.
+        array: Array = tensor.reshape(shape).numpy()
+        return array
 
 
 def returns_state_arguments(layout: Layout) -> bool:

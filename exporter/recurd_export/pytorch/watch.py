@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from recurd_export.errors import ExportError
+from recurd_export.pytorch.arguments import Arguments
 
 #: Shapes of the tensors that went into and came out of one module without children.
 Passage = tuple[str, str, list[tuple[int, ...]], list[tuple[int, ...]]]
@@ -123,6 +124,17 @@ def watch(copied: nn.Module, args: tuple[Any, ...], inject: Inject | None = None
     finally:
         recorder.remove()
     return Run(output, tuple(recorder.calls), tuple(recorder.passages), tuple(recorder.lookups))
+
+
+def run_with(model: nn.Module, arguments: Arguments, x: Tensor) -> Run:
+    """Run a fresh copy on an input ``[batch, time, ...]``. Raises :class:`ExportError` naming the layer that fails."""
+    try:
+        return watch(copy_of(model), arguments.with_input(x))
+    except ForwardError as error:
+        raise ExportError(
+            f"the model's forward takes the example's sizes only: with a batch of {x.shape[0]} and {x.shape[1]} steps "
+            f"it fails in {error}"
+        ) from error.error
 
 
 class _Recorder:

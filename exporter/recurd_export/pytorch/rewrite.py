@@ -1,0 +1,85 @@
+"""Rewrites a traced program where its tracing says less than the contract needs.
+
+A choice of the last step (``out[:, -1]``) becomes a choice of each row's own last valid step. A ``squeeze()`` that
+would also take a batch or a time of one away takes only axes that are always one.
+"""
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from recurd_export.pytorch.traced import Graph
+
+
+def settle(program: torch.export.ExportedProgram) -> None:
+    """All rewrites, in place."""
+    graph = Graph(program)
+    for node in list(graph.module.graph.nodes):
+        _settle_squeeze(graph, node)
+        _pick_last_step(graph, node)
+    graph.module.graph.eliminate_dead_code()
+    graph.module.recompile()
+
+
+def _settle_squeeze(graph: Graph, node: fx.Node) -> None:
+    aten = torch.ops.aten
+    if node.target not in (aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims):
+        return
+    source: Any = node.args[0]
+    shape = source.meta["val"].shape
+    asked: Any = node.args[1] if len(node.args) > 1 else range(len(shape))
+    axes = {axis % len(shape) for axis in ([asked] if isinstance(asked, int) else asked)}
+    always = sorted(axis for axis in axes if isinstance(shape[axis], int) and shape[axis] == 1)
+    with graph.module.graph.inserting_before(node):
+        settled = graph.module.graph.call_function(aten.squeeze.dims, (source, always))
+    settled.meta = dict(node.meta)
+    node.replace_all_uses_with(settled)
+    graph.module.graph.erase_node(node)
+
+
+def _pick_last_step(graph: Graph, node: fx.Node) -> None:
+    keep = _picks_last(graph, node)
+    source: Any = node.args[0] if keep is not None else None
+    batch_axis = graph.axis(source, graph.batch) if source is not None else None
+    if batch_axis is None:
+        return
+    time_axis: Any = graph.axis(source, graph.time)
+    with graph.module.graph.inserting_before(node):
+        args = (source, graph.placeholders["lengths"], batch_axis, time_axis)
+        last = graph.module.graph.call_function(torch.ops.recurd.last_step.default, args)
+        last.meta = {**node.meta, "val": node.meta["val"].squeeze(time_axis) if keep else node.meta["val"]}
+        if keep:
+            last = graph.module.graph.call_function(torch.ops.aten.unsqueeze.default, (last, time_axis))
+            last.meta = dict(node.meta)
+    node.replace_all_uses_with(last)
+    graph.module.graph.erase_node(node)
+
+
+def _picks_last(graph: Graph, node: fx.Node) -> bool | None:
+    """Whether a node picks the last step: ``True`` when it keeps the axis (``[:, -1:]``), ``None`` when it does not."""
+    if node.target not in (torch.ops.aten.select.int, torch.ops.aten.slice.Tensor):
+        return None
+    source, axis, start, *end = (*node.args, *([0] * (2 - len(node.args))))[:4]
+    if not isinstance(source, fx.Node) or graph.axis(source, graph.time) != axis % source.meta["val"].dim():
+        return None
+    time = source.meta["val"].shape[axis]
+    if not _is_last(start, time):
+        return None
+    if node.target is torch.ops.aten.select.int:
+        return False
+    return True if not end or end[0] is None or _is_end(end[0], time) else None
+
+
+def _value(index: Any) -> Any:
+    return index.meta["val"] if isinstance(index, fx.Node) else index
+
+
+def _is_last(index: Any, time: torch.SymInt) -> bool:
+    index = _value(index)
+    return index == -1 if isinstance(index, int) else isinstance(index, torch.SymInt) and bool(index == time - 1)
+
+
+def _is_end(index: Any, time: torch.SymInt) -> bool:
+    index = _value(index)
+    return index >= 2**62 if isinstance(index, int) else isinstance(index, torch.SymInt) and bool(index == time)

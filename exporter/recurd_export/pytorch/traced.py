@@ -1,0 +1,63 @@
+"""A traced program, opened up: which axis of a value is batch or time, and what every node gives on real input."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.export.graph_signature import InputKind
+
+from recurd_export.pytorch import ops
+
+
+class Graph:
+    """The traced program, to be run node by node; owns nothing but references into it."""
+
+    def __init__(self, program: torch.export.ExportedProgram) -> None:
+        self.program = program
+        self.module = program.graph_module
+        kinds = {spec.arg.name: spec for spec in program.graph_signature.input_specs if hasattr(spec.arg, "name")}
+        self.fixed: list[Tensor] = []
+        self.placeholders: dict[str, fx.Node] = {}
+        for node in self.module.graph.find_nodes(op="placeholder"):
+            spec = kinds[node.name]
+            if spec.kind == InputKind.USER_INPUT:
+                self.placeholders[node.name] = node
+            else:
+                values: Any = {**program.state_dict, **program.constants}
+                self.fixed.append(values[spec.target].detach())
+        self.batch, self.time = (size.node.expr for size in self.placeholders["input"].meta["val"].shape[:2])
+
+    def axes(self, node: fx.Node, symbol: Any) -> list[int]:
+        """Which axes of a node's value have the size ``symbol``."""
+        value = node.meta.get("val")
+        shape = value.shape if isinstance(value, Tensor) else ()
+        return [i for i, n in enumerate(shape) if isinstance(n, torch.SymInt) and n.node.expr == symbol]
+
+    def axis(self, node: fx.Node, symbol: Any) -> int | None:
+        """The one axis of that size, or ``None``."""
+        axes = self.axes(node, symbol)
+        return axes[0] if len(axes) == 1 else None
+
+    def run(self, x: Tensor, lengths: Tensor, states: Sequence[Tensor], causal: bool) -> dict[str, Any]:
+        """Values of all nodes by name. With ``causal``, second directions run forwards (see ops.forward_only)."""
+        recorder = _Recorder(self.module, causal)
+        with torch.no_grad():
+            recorder.run(*self.fixed, x, lengths, *states)
+        return recorder.values
+
+
+class _Recorder(fx.Interpreter):
+    def __init__(self, module: fx.GraphModule, causal: bool) -> None:
+        super().__init__(module, garbage_collect_values=False)
+        self.values: dict[str, Any] = {}
+        self._causal = causal
+
+    def run_node(self, n: fx.Node) -> Any:
+        self.values[n.name] = value = super().run_node(n)
+        return value
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._causal and target in ops.RECURRENT:
+            return ops.forward_only(target, args)
+        return super().call_function(target, args, kwargs)
