@@ -5,6 +5,7 @@ chunk's input goes to the device and nothing but the heads comes back.
 """
 
 import contextlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx
-import onnxruntime as ort
 
 from recurd import graph
 from recurd.contract import Contract, load
 from recurd.errors import ContractError, DeviceError
+
+# onnxruntime reports to its maker unless this is set before it is imported; a sensor's daemon does not call home.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+import onnxruntime as ort  # noqa: E402
 
 Array = npt.NDArray[Any]
 
@@ -79,6 +83,10 @@ def _options(threads: int) -> ort.SessionOptions:
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.enable_mem_pattern = False  # patterns are kept for every input shape, and ticks have many
+    import os
+
+    if os.environ.get("SPIN"):
+        options.add_session_config_entry("session.intra_op.allow_spinning", os.environ["SPIN"])
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     options.log_severity_level = 3
     return options

@@ -7,6 +7,8 @@ authentication.
 from collections import OrderedDict
 
 from recurd import wire
+from recurd.errors import Broken, Refused
+from recurd.stats import Stats
 
 
 class Peer:
@@ -78,3 +80,56 @@ class Peers:
     def longest_silent(self) -> float | None:
         """When the longest silent peer was last heard of."""
         return next(iter(self._by_id.values())).last_seen if self._by_id else None
+
+
+class Outbox:
+    """What is due to be sent, peer by peer. Owned by the engine."""
+
+    def __init__(self, stats: Stats, *, max_bytes: int) -> None:
+        self._stats = stats
+        self._max_bytes = max_bytes
+        self._waiting: list[Peer] = []
+
+    def send(self, peer: Peer, record: wire.Record) -> None:
+        """Put out the answer to a CHUNK or RESET; it may travel joined with others."""
+        if not peer.records and not peer.frames:
+            self._waiting.append(peer)
+        peer.records.append(record)
+
+    def send_control(self, peer: Peer, record: wire.Record) -> None:
+        """Put out any other message, as a frame of its own behind what is out already."""
+        if not peer.records and not peer.frames:
+            self._waiting.append(peer)
+        peer.seal(self._max_bytes)
+        peer.frames.append(wire.frame(record))
+
+    def send_error(self, peer: Peer, header: wire.Header, error: Refused | Broken) -> None:
+        """Answer the message of ``header`` with an error, and count it."""
+        counts = self._stats.broken if isinstance(error, Broken) else self._stats.refused
+        counts[error.code] += 1
+        body = wire.Error(
+            code=error.code.word,
+            text=error.text,
+            in_reply_to=header.type,
+            expected=getattr(error, "expected", None),
+            retry_after_seconds=getattr(error, "retry_after_seconds", None),
+            generation=error.generation,
+            last_seq=getattr(error, "last_seq", None),
+        )
+        record = wire.control(
+            wire.Type.ERROR, body, code=error.code, generation=header.generation, handle=header.handle, seq=header.seq
+        )
+        if header.type in (wire.Type.CHUNK, wire.Type.RESET):
+            self.send(peer, record)
+        else:
+            self.send_control(peer, record)
+
+    def take(self) -> list[tuple[bytes, bytes]]:
+        """Routing ids and frames that have become due since the last call, in order for each routing id."""
+        due = []
+        for peer in self._waiting:
+            peer.seal(self._max_bytes)
+            due += [(peer.routing_id, frame) for frame in peer.frames]
+            peer.frames = []
+        self._waiting = []
+        return due

@@ -78,66 +78,74 @@ class Scheduler:
         longest = total = 0
         for _ in range(min(len(self._line), self._max_rows * _LOOK_AHEAD)):
             stream = self._line.popleft()
-            steps = self._steps(stream)
+            chunk = stream.queue[0]
+            steps = chunk.steps - chunk.taken
+            if self._joins and len(stream.queue) > 1:
+                steps = self._joined(stream)
+            steps = min(steps, self._max_steps)
             together = max(longest, steps)
+            total += steps
             cells = together * (len(rows) + 1)
-            if rows and cells - total - steps > self._padding_ratio * cells:
+            if rows and cells - total > self._padding_ratio * cells:
+                total -= steps
                 passed.append(stream)
                 continue
-            rows.append(self._cut(stream, steps))
-            longest, total = together, total + steps
+            longest = together
+            rows.append(Row(stream, _cut(stream.queue, steps), steps))
             if len(rows) == self._max_rows:
                 break
         self._line.extendleft(reversed(passed))
         return rows
 
-    def _steps(self, stream: Stream) -> int:
-        """Steps the stream could run in one row."""
-        first = stream.queue[0]
-        steps = first.steps - first.taken
-        if self._joins:
-            for item in stream.queue[1:]:
-                if item.is_reset or steps >= self._max_steps:
-                    break
-                steps += item.steps
-        return min(steps, self._max_steps)
-
-    def _cut(self, stream: Stream, steps: int) -> Row:
-        """Take ``steps`` steps from the front of the stream's queue (the chunks stay there until they are answered)."""
-        parts = []
-        left = steps
+    def _joined(self, stream: Stream) -> int:
+        """Steps the stream could run in one row, up to the next reset."""
+        steps = 0
         for chunk in stream.queue:
-            count = min(left, chunk.steps - chunk.taken)
-            parts.append((chunk, chunk.taken, count))
-            chunk.taken += count
-            left -= count
-            if not left:
+            if not chunk.steps or steps >= self._max_steps:
                 break
-        return Row(stream, parts, steps)
+            steps += chunk.steps - chunk.taken
+        return steps
+
+
+def _cut(queue: list[Chunk], steps: int) -> list[tuple[Chunk, int, int]]:
+    """Take ``steps`` steps from the front of a queue (the chunks stay there until they are answered)."""
+    parts = []
+    for chunk in queue:
+        first = chunk.taken
+        count = min(steps, chunk.steps - first)
+        parts.append((chunk, first, count))
+        chunk.taken = first + count
+        steps -= count
+        if not steps:
+            break
+    return parts
 
 
 def assemble(model: str, contract: Contract, rows: list[Row], now: float) -> Tick:
     """Put rows together as arrays; their streams' pending fresh starts are taken over into the tick."""
-    count, time, width = len(rows), max(row.steps for row in rows), contract.input.width
-    # Padding is zeros rather than whatever the memory held: a NaN there could slow the arithmetic, never change it.
-    steps = np.zeros((count, time * width), contract.input.dtype)
-    for index, row in enumerate(rows):
-        start = 0
-        for chunk, first, number in row.parts:
-            end = start + number * width
-            steps[index, start:end] = chunk.data[first * width : (first + number) * width]
-            start = end
-    streams = [row.stream for row in rows]
-    tick = Tick(
+    time, width = max([row.steps for row in rows]), contract.input.width
+    # Padding is zeros rather than whatever memory held: a NaN there could slow the arithmetic.
+    padding = np.zeros(time * width, contract.input.dtype)
+    pieces = []
+    slots, fresh, lengths = [], [], []
+    for row in rows:
+        stream, steps = row.stream, row.steps
+        for chunk, first, count in row.parts:
+            pieces.append(chunk.data if count == chunk.steps else chunk.data[first * width : (first + count) * width])
+        if steps < time:
+            pieces.append(padding[steps * width :])
+        slots.append(stream.slot)
+        lengths.append(steps)
+        fresh.append(stream.fresh)
+        if stream.fresh:
+            row.parts[0][0].fresh = True
+            stream.fresh = False
+    return Tick(
         model=model,
         rows=rows,
-        slots=np.array([stream.slot for stream in streams], np.int64),
-        fresh=np.array([stream.fresh for stream in streams], np.bool_),
-        lengths=np.array([row.steps for row in rows], np.int32),
-        input=steps.reshape(count, time, *contract.input.shape),
+        slots=np.array(slots, np.int64),
+        fresh=np.array(fresh, np.bool_),
+        lengths=np.array(lengths, np.int32),
+        input=np.concatenate(pieces).reshape(len(rows), time, *contract.input.shape),
         taken_at=now,
     )
-    for row in rows:
-        row.parts[0][0].fresh |= row.stream.fresh
-        row.stream.fresh = False
-    return tick

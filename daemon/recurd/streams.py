@@ -16,7 +16,7 @@ from recurd import wire
 from recurd.errors import BREAKING, Broken, Code, Refused
 
 if TYPE_CHECKING:
-    from recurd.engine import Lane
+    from recurd.lane import Lane
     from recurd.peers import Peer
 
 #: Slot of a stream that has ended.
@@ -25,9 +25,9 @@ _NO_DATA = np.zeros(0)
 
 
 class Chunk:
-    """A numbered record in a stream's queue: a chunk of steps, or (``is_reset``, without steps) a reset."""
+    """A numbered record in a stream's queue: a chunk of steps or, with no steps, a reset."""
 
-    __slots__ = ("arrived", "data", "fresh", "generation", "is_reset", "outputs", "seq", "steps", "taken")
+    __slots__ = ("arrived", "data", "fresh", "generation", "outputs", "seq", "steps", "taken")
 
     def __init__(
         self, seq: int, generation: int, arrived: float, steps: int, data: npt.NDArray[Any] = _NO_DATA
@@ -38,13 +38,12 @@ class Chunk:
         self.steps = steps
         #: All steps one after another, ``[steps * width]``.
         self.data = data
-        self.is_reset = steps == 0
         #: Steps already given to a tick.
         self.taken = 0
         #: Whether its first step started from the initial state.
         self.fresh = False
-        #: Per head the bytes of the slices that have run.
-        self.outputs: list[list[bytes]] = []
+        #: Outputs of the slices that have run, each a list by head; none while it runs whole, which is the rule.
+        self.outputs: tuple[list[bytes], ...] = ()
 
 
 class Answer(NamedTuple):
@@ -123,17 +122,17 @@ class Stream:
     def is_next(self, header: wire.Header, credit: int) -> bool:
         """Whether a record is the next in order (True) or a duplicate (False). Raises :class:`Refused`."""
         seq = header.seq
+        if seq == self.accepted + 1 and header.generation == self.generation and seq - self.acked <= credit:
+            return True
         if seq == self.accepted + 1:
-            if header.generation != self.generation:
-                raise self._stale(header)
-            if seq - self.acked > credit:
+            if header.generation == self.generation:
                 raise Refused(
                     Code.CREDIT,
                     f"{seq - self.acked} records would be in flight, {credit} are granted; acknowledge results",
                     expected=seq,
                     retry_after_seconds=0.0,
                 )
-            return True
+            raise self._stale(header)
         if header.generation < self.first_generation or header.generation > self.generation:
             raise self._stale(header)
         if 0 < seq <= self.accepted:
@@ -218,12 +217,15 @@ class Streams:
         stream = self._by_handle.get(header.handle)
         if stream is not None and stream.peer is peer:
             return stream
+        raise self._not_found(header, peer, stream)
+
+    def _not_found(self, header: wire.Header, peer: "Peer", stream: Stream | None) -> Refused | Broken:
         if stream is not None and stream.tenant == peer.tenant:
-            raise Refused(Code.DETACHED, f"stream '{stream.name}' was opened on another connection since")
+            return Refused(Code.DETACHED, f"stream '{stream.name}' was opened on another connection since")
         ended = self._ended.get(header.handle)
         if ended is not None and ended.tenant == peer.tenant:
-            raise ended.error()
-        raise Refused(Code.UNKNOWN_HANDLE, f"no stream has handle {header.handle} here; open it")
+            return ended.error()
+        return Refused(Code.UNKNOWN_HANDLE, f"no stream has handle {header.handle} here; open it")
 
     def named(self, tenant: str, name: str) -> Stream | None:
         """A tenant's stream by name."""

@@ -127,6 +127,10 @@ class Header(NamedTuple):
     ack: int
 
 
+#: Stands for the header of a frame that has none that can be read.
+NO_HEADER = Header(b"", 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
+
+
 def pack(
     type: int,
     *,
@@ -143,6 +147,13 @@ def pack(
 ) -> bytes:
     """A header's 48 bytes."""
     return _HEADER.pack(MAGIC, VERSION, type, flags, dtype, code, size, steps, width, generation, handle, seq, ack)
+
+
+def pack_result(
+    flags: int, dtype: int, size: int, steps: int, width: int, generation: int, handle: int, seq: int, ack: int
+) -> bytes:
+    """A RESULT's header; for the data path, which packs one a chunk: positional arguments, half the time."""
+    return _HEADER.pack(MAGIC, VERSION, Type.RESULT, flags, dtype, 0, size, steps, width, generation, handle, seq, ack)
 
 
 def control(type: int, body: Any, *, code: int = 0, generation: int = 0, handle: int = 0, seq: int = 0) -> Record:

@@ -1,0 +1,135 @@
+"""A lane: one model on one device, as the engine sees it, with its line of streams, its slots and its numbers."""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from recurd import wire
+from recurd.arena import Slots
+from recurd.config import Config
+from recurd.contract import Contract
+from recurd.errors import Code, Refused
+from recurd.scheduler import Scheduler
+from recurd.stats import ModelStats
+from recurd.streams import Chunk
+
+
+class Room:
+    """Room for queued chunks in the whole daemon. Owned by the engine, filled and emptied by its lanes."""
+
+    def __init__(self, chunks: int, size: int, retry_after_seconds: float) -> None:
+        self.max_chunks = chunks
+        self.max_bytes = size
+        self._retry_after_seconds = retry_after_seconds
+        self.chunks = 0
+        self.bytes = 0
+
+    @property
+    def full(self) -> bool:
+        """No chunk, however small, would be let in."""
+        return self.chunks >= self.max_chunks
+
+    def refusal(self) -> Refused:
+        """What a chunk is told that does not fit."""
+        return Refused(
+            Code.BUSY,
+            f"{self.chunks} chunks ({self.bytes} bytes) are waiting already",
+            retry_after_seconds=self._retry_after_seconds,
+        )
+
+
+class Lane:
+    """Owned by the engine. A stream lives on one lane; ticks of a lane never overlap."""
+
+    def __init__(
+        self, name: str, contract: Contract, slots: int, *, config: Config, stats: ModelStats, room: Room
+    ) -> None:
+        self.name = name
+        self.contract = contract
+        self.slots = Slots(slots)
+        self.stats = stats
+        self.scheduler = Scheduler(
+            contract,
+            max_rows=min(config.tick.rows, slots),
+            max_steps=config.tick.steps,
+            padding_ratio=config.tick.padding_ratio,
+        )
+        self._room = room
+        #: Whether a tick is out.
+        self.busy = False
+        # input
+        self._dtype = int(wire.DTYPES[contract.input.dtype])
+        self._numpy_type = wire.NUMPY_TYPES[wire.DTYPES[contract.input.dtype]]
+        self._width = contract.input.width
+        self._step_bytes = self._width * self._numpy_type.itemsize
+        self._classes = contract.input.classes
+        self._max_steps = config.limits.chunk_steps
+        self._zeros = np.zeros(self._max_steps * self._width, self._numpy_type)
+        # output
+        self.result_dtype = int(wire.DTYPES[contract.heads[0].dtype])
+        self.result_width = sum(head.width for head in contract.heads)
+        self._heads = [(head.per == "step", head.width * np.dtype(head.dtype).itemsize) for head in contract.heads]
+
+    def enter(self, chunk: Chunk) -> None:
+        """Count a chunk that is about to be queued. Raises :class:`Refused` (``busy``) when there is no room."""
+        room, size = self._room, chunk.data.nbytes
+        if room.chunks >= room.max_chunks or room.bytes + size > room.max_bytes:
+            raise room.refusal()
+        room.chunks += 1
+        room.bytes += size
+        self.stats.queued_chunks += 1
+
+    def leave(self, chunks: int, size: int) -> None:
+        """Count queued chunks out that were answered, and their bytes."""
+        self._room.chunks -= chunks
+        self._room.bytes -= size
+        self.stats.queued_chunks -= chunks
+
+    def read(self, header: wire.Header, payload: wire.Buffer) -> npt.NDArray[Any]:
+        """A chunk's steps, ``[steps * width]``. Raises :class:`Refused` for what the model cannot take."""
+        if header.dtype != self._dtype or header.width != self._width or not 0 < header.steps <= self._max_steps:
+            raise self._refusal(header)
+        if header.size != header.steps * self._step_bytes:
+            raise Refused(
+                Code.BAD_FRAME,
+                f"{header.steps} steps of {self._step_bytes} bytes are announced, {header.size} bytes came",
+            )
+        data = np.frombuffer(payload, self._numpy_type)
+        if self._classes is not None:
+            if data.min() < 0 or data.max() >= self._classes:
+                raise Refused(Code.OUT_OF_RANGE, f"token ids are in [0, {self._classes})")
+        # An element times zero is zero unless it is NaN or infinite: one dot product finds out.
+        elif np.dot(data, self._zeros[: len(data)]) != 0:
+            raise Refused(Code.NOT_FINITE, "the chunk holds NaN or infinity")
+        return data
+
+    def _refusal(self, header: wire.Header) -> Refused:
+        if header.dtype != self._dtype:
+            return Refused(Code.DTYPE, f"model '{self.name}' takes {self._numpy_type.name}, not dtype {header.dtype}")
+        if header.width != self._width:
+            return Refused(Code.WIDTH, f"model '{self.name}' takes {self._width} elements a step, not {header.width}")
+        if not header.steps:
+            return Refused(Code.EMPTY, "a chunk has at least one step")
+        return Refused(Code.TOO_LONG, f"a chunk has at most {self._max_steps} steps, this one {header.steps}")
+
+    def cut(self, outputs: list[bytes], time: int, row: int, start: int, count: int) -> list[bytes]:
+        """``count`` steps of a row from ``start`` on, per head; of a head of the last step its one output.
+
+        ``outputs`` are a tick's heads as bytes, rows of ``time`` steps.
+        """
+        pieces = []
+        for output, (per_step, step_bytes) in zip(outputs, self._heads, strict=True):
+            first = (row * time + start) * step_bytes if per_step else row * step_bytes
+            pieces.append(output[first : first + (count * step_bytes if per_step else step_bytes)])
+        return pieces
+
+    def join(self, earlier: tuple[list[bytes], ...], last: list[bytes]) -> bytes:
+        """A chunk's payload from its slices: head after head, each in order of time."""
+        if not earlier:
+            return last[0] if len(last) == 1 else b"".join(last)
+        heads = [
+            [*(slice[index] for slice in earlier if per_step), last[index]]
+            for index, (per_step, _) in enumerate(self._heads)
+        ]
+        return b"".join([piece for head in heads for piece in head])

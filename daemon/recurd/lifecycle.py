@@ -1,0 +1,291 @@
+"""How connections and streams begin and end: HELLO, OPEN, CLOSE, time-outs, failure.
+
+What happens seldom stands here, so that :mod:`recurd.engine` holds nothing but a chunk's way.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import recurd
+from recurd import wire
+from recurd.config import Config
+from recurd.errors import Code, Refused
+from recurd.lane import Lane
+from recurd.peers import Outbox, Peer, Peers
+from recurd.stats import Stats
+from recurd.streams import NO_SLOT, Chunk, Stream, Streams
+
+if TYPE_CHECKING:
+    from structlog.typing import FilteringBoundLogger
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a daemon says of itself: chosen at its start, told in WELCOME."""
+
+    #: New at every start; eight random bytes.
+    epoch: bytes
+    #: Device asked for, device in use, whether the second is a fall-back.
+    device: dict[str, Any]
+
+
+class Lifecycle:
+    """Begins and ends what the engine's streams, peers and lanes are. Owned by the engine, which owns those too."""
+
+    def __init__(
+        self,
+        config: Config,
+        identity: Identity,
+        *,
+        lanes: Mapping[str, Lane],
+        streams: Streams,
+        peers: Peers,
+        outbox: Outbox,
+        stats: Stats,
+        log: "FilteringBoundLogger",
+    ) -> None:
+        self._limits = config.limits
+        self._timeouts = config.timeouts
+        self._identity = identity
+        self._lanes = lanes
+        self._streams = streams
+        self._peers = peers
+        self._outbox = outbox
+        self._stats = stats
+        self._log = log
+        #: New connections and streams are refused.
+        self.draining = False
+
+    # --- connections ---
+
+    def hello(self, header: wire.Header, payload: wire.Buffer, peer: Peer) -> None:
+        """HELLO: greet a stranger, or a peer that says it again."""
+        hello = wire.decode_body(payload, wire.Hello)
+        if wire.VERSION not in hello.versions:
+            raise Refused(Code.BAD_VERSION, f"only version {wire.VERSION} is spoken here", expected=wire.VERSION)
+        if not peer.greeted:
+            self._admit_peer(peer)
+            self._log.debug("peer_connected", client=hello.client, tenant=peer.tenant)
+        peer.multi = hello.multi
+        limits = self._limits
+        welcome = wire.Welcome(
+            server=f"recurd {recurd.__version__}",
+            epoch=self._identity.epoch.hex(),
+            tenant=peer.tenant,
+            versions=(wire.VERSION,),
+            credit=limits.stream_credit,
+            max_message_bytes=limits.message_bytes,
+            max_chunk_steps=limits.chunk_steps,
+            peer_timeout_seconds=self._timeouts.peer_idle_seconds,
+            device=self._identity.device,
+            models={name: lane.contract.public() for name, lane in self._lanes.items()},
+        )
+        self._outbox.send_control(peer, wire.control(wire.Type.WELCOME, welcome, seq=header.seq))
+
+    def _admit_peer(self, peer: Peer) -> None:
+        if self.draining:
+            raise Refused(Code.DRAINING, "the daemon is shutting down")
+        if len(self._peers) >= self._limits.connections:
+            raise Refused(
+                Code.BUSY,
+                f"{len(self._peers)} connections are open, the most there may be",
+                retry_after_seconds=self._limits.busy_retry_seconds,
+            )
+        self._peers.add(peer)
+        self._stats.peers = len(self._peers)
+
+    def disconnected(self, routing_id: bytes) -> None:
+        """Note that a connection is gone; its streams stay, detached."""
+        peer = self._peers.get(routing_id)
+        if peer is not None:
+            self._forget_peer(peer)
+
+    def _forget_peer(self, peer: Peer) -> None:
+        self._peers.remove(peer)
+        self._stats.peers = len(self._peers)
+        self._stats.streams["attached"] -= len(peer.handles)
+        self._stats.streams["detached"] += len(peer.handles)
+        for handle in peer.handles:
+            self._streams.detach(handle)
+        self._log.debug("peer_gone", tenant=peer.tenant, streams=len(peer.handles))
+
+    # --- streams ---
+
+    def open(self, header: wire.Header, payload: wire.Buffer, peer: Peer, now: float) -> None:
+        """OPEN: attach a stream to the peer, resumed or new. Raises :class:`Refused` or :class:`Broken`."""
+        request = wire.decode_body(payload, wire.Open)
+        lane = self._check_open(request)
+        stream = self._streams.named(peer.tenant, request.stream)
+        if stream is not None and stream.lane is not lane:
+            raise Refused(Code.WRONG_MODEL, f"stream '{stream.name}' belongs to model '{stream.lane.name}'")
+        if request.mode == "resume":
+            self._check_resume(stream, request, peer)
+        elif self.draining and (stream is None or request.mode == "new"):
+            raise Refused(Code.DRAINING, "the daemon is shutting down")
+        if stream is not None and request.mode == "new":
+            self.end(stream, Code.REPLACED, "replaced")
+            stream = None
+        if stream is None:
+            stream = self._start(request, lane, peer, now)
+        stream.last_seen = now
+        self._attach(stream, peer)
+        opened = wire.Opened(
+            stream=stream.name,
+            model=lane.name,
+            generation=stream.generation,
+            last_seq=stream.accepted,
+            fresh=stream.untouched and not stream.queue,
+            credit=self._limits.stream_credit,
+            max_chunk_steps=self._limits.chunk_steps,
+            idle_timeout_seconds=stream.idle_timeout,
+        )
+        record = wire.control(
+            wire.Type.OPENED, opened, generation=stream.generation, handle=stream.handle, seq=header.seq
+        )
+        self._outbox.send_control(peer, record)
+
+    def _check_open(self, request: wire.Open) -> Lane:
+        size = len(request.stream.encode("utf-8", "surrogatepass"))
+        if not 0 < size <= self._limits.name_bytes or not request.stream.isprintable():
+            raise Refused(
+                Code.BAD_NAME,
+                f"a stream's name has 1 to {self._limits.name_bytes} bytes of UTF-8 and no control characters",
+            )
+        if request.mode not in ("auto", "resume", "new"):
+            raise Refused(Code.BAD_REQUEST, f"mode '{request.mode}' is not auto, resume or new")
+        idle = request.idle_timeout_seconds
+        if idle is not None and not 0 < idle <= self._timeouts.stream_idle_seconds:
+            raise Refused(
+                Code.BAD_REQUEST,
+                f"idle_timeout_seconds is more than 0 and at most {self._timeouts.stream_idle_seconds:g}",
+            )
+        lane = self._lanes.get(request.model)
+        if lane is None:
+            raise Refused(
+                Code.UNKNOWN_MODEL, f"there is no model '{request.model}', only {', '.join(sorted(self._lanes))}"
+            )
+        return lane
+
+    def _check_resume(self, stream: Stream | None, request: wire.Open, peer: Peer) -> None:
+        if stream is None:
+            ending = self._streams.ending(peer.tenant, request.stream)
+            if ending is not None:
+                raise ending.error()
+            raise Refused(Code.UNKNOWN_STREAM, f"there is no stream '{request.stream}' to resume")
+        known = request.generation
+        if known is not None and not stream.first_generation <= known <= stream.generation:
+            raise Refused(
+                Code.STALE,
+                f"generation {known} of stream '{stream.name}' is gone, this is {stream.generation}",
+                expected=stream.accepted + 1,
+                generation=stream.generation,
+            )
+
+    def _start(self, request: wire.Open, lane: Lane, peer: Peer, now: float) -> Stream:
+        if self._streams.count(peer.tenant) >= self._limits.streams:
+            raise Refused(Code.TOO_MANY_STREAMS, f"{self._limits.streams} streams are open, the most there may be")
+        slot = lane.slots.allocate()
+        if slot is None:
+            raise Refused(Code.NO_SLOTS, f"all {lane.slots.count} slots of model '{lane.name}' are taken")
+        ending = self._streams.ending(peer.tenant, request.stream)
+        stream = self._streams.add(
+            tenant=peer.tenant,
+            name=request.stream,
+            lane=lane,
+            slot=slot,
+            generation=1 if ending is None else ending.generation + 1,
+            idle_timeout=request.idle_timeout_seconds or self._timeouts.stream_idle_seconds,
+            now=now,
+        )
+        lane.stats.slots_used = len(lane.slots)
+        self._stats.streams_opened += 1
+        self._stats.streams["detached"] += 1
+        self._log.debug("stream_opened", stream=stream.name, model=lane.name, generation=stream.generation)
+        return stream
+
+    def _attach(self, stream: Stream, peer: Peer) -> None:
+        if stream.peer is None:
+            self._stats.streams["detached"] -= 1
+            self._stats.streams["attached"] += 1
+        else:
+            stream.peer.handles.discard(stream.handle)
+        stream.peer = peer
+        peer.handles.add(stream.handle)
+
+    def close(self, header: wire.Header, peer: Peer, now: float) -> None:
+        """CLOSE: end the stream when all that was accepted before has been answered."""
+        try:
+            stream = self._streams.find(header, peer)
+        except Refused as refusal:
+            if refusal.code is not Code.CLOSED:
+                raise
+            self._outbox.send_control(peer, (wire.pack(wire.Type.CLOSED, handle=header.handle, seq=header.seq), b""))
+            return
+        stream.last_seen = now
+        stream.closing = header
+        if not stream.queue:
+            self.finish_close(stream)
+
+    def finish_close(self, stream: Stream) -> None:
+        """The queue of a closing stream has run empty."""
+        assert stream.closing is not None
+        record = wire.pack(wire.Type.CLOSED, generation=stream.generation, handle=stream.handle, seq=stream.closing.seq)
+        if stream.peer is not None:
+            self._outbox.send_control(stream.peer, (record, b""))
+        self.end(stream, Code.CLOSED, "closed")
+
+    def end(self, stream: Stream, code: Code, reason: str) -> None:
+        """Forget a stream. What is still queued is answered with how it ended; its slot is free at once.
+
+        A tick that still holds a row of it does no harm: ticks of a lane follow one another, and whoever gets the slot
+        starts fresh.
+        """
+        lane = stream.lane
+        ended = self._streams.end(stream, code)
+        queued, stream.queue = stream.queue, []
+        lane.leave(len(queued), sum(chunk.data.nbytes for chunk in queued))
+        for chunk in queued:
+            if stream.peer is not None:
+                self._outbox.send_error(stream.peer, _record_header(stream, chunk), ended.error())
+        if not stream.running:
+            lane.scheduler.remove(stream)
+        lane.slots.free(stream.slot)
+        stream.slot = NO_SLOT
+        lane.stats.slots_used = len(lane.slots)
+        if stream.peer is not None:
+            stream.peer.handles.discard(stream.handle)
+        self._stats.streams["detached" if stream.peer is None else "attached"] -= 1
+        self._stats.streams_ended[reason] += 1
+        log = self._log.debug if reason == "closed" else self._log.info
+        log(
+            "stream_ended",
+            reason=reason,
+            stream=stream.name,
+            model=lane.name,
+            tenant=stream.tenant,
+            generation=stream.generation,
+            last_seq=stream.accepted,
+        )
+
+    # --- time ---
+
+    def expire(self, now: float) -> None:
+        """End streams and forget peers whose time-out has passed."""
+        for stream in self._streams.expired(now):
+            self.end(stream, Code.EXPIRED, "expired")
+        for peer in self._peers.silent_since(now - self._timeouts.peer_idle_seconds):
+            self._forget_peer(peer)
+            self._stats.peers_expired += 1
+
+    def deadline(self) -> float | None:
+        """When :meth:`expire` should be called next."""
+        silent = self._peers.longest_silent()
+        times = [self._streams.deadline(), None if silent is None else silent + self._timeouts.peer_idle_seconds]
+        return min((time for time in times if time is not None), default=None)
+
+
+def _record_header(stream: Stream, chunk: Chunk) -> wire.Header:
+    """The header a queued record came with, as far as an error about it repeats it."""
+    kind = wire.Type.CHUNK if chunk.steps else wire.Type.RESET
+    return wire.NO_HEADER._replace(type=kind, generation=chunk.generation, handle=stream.handle, seq=chunk.seq)

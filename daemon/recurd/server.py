@@ -1,0 +1,283 @@
+"""The process: sockets, signals, the clock and the loop that drives the engine. The only module with zmq.
+
+The loop has five verbs: wait, receive, run, send, beat. One thread does all of it, the run of the model included: while
+it runs, ZeroMQ's own I/O thread fills the socket's queue, and the next tick takes what has come. Only /metrics and
+/healthz are served by other threads, which read and never write.
+"""
+
+import fcntl
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING
+
+import zmq
+
+from recurd import config, systemd, verify
+from recurd.engine import Engine
+from recurd.errors import AddressError, ConfigError, ExitCode
+from recurd.http import Application, Health, HttpServer, Phase
+from recurd.lifecycle import Identity
+from recurd.logs import open_log
+from recurd.metrics import Collector, ModelLabels, open_registry
+from recurd.model import Model, resolve_device
+from recurd.stats import Stats
+
+if TYPE_CHECKING:
+    from structlog.typing import FilteringBoundLogger
+
+#: Longest sleep of the loop: signals wake it, this bounds how late health and watchdog notice.
+_BEAT_SECONDS = 0.5
+#: How long the socket may go on sending answers after the loop has ended.
+_LINGER_MILLISECONDS = 1000
+
+
+def serve(settings: config.Config) -> int:
+    """Serve until SIGTERM or SIGINT; the exit status. Raises :class:`recurd.errors.StartError` when it cannot start."""
+    log = open_log(settings.log, sys.stderr, os.environ)
+    with ExitStack() as stack:
+        return Server(settings, log, stack).run()
+
+
+class Server:
+    """One daemon. Owns the socket, the engine, the models and the process's signals, until its stack is closed."""
+
+    def __init__(self, settings: config.Config, log: "FilteringBoundLogger", stack: ExitStack) -> None:
+        self._config = settings
+        self._log = log
+        self._notifier = systemd.Notifier(os.environ, os.getpid())
+        stack.callback(self._notifier.close)
+        self._health = Health(settings.timeouts.stall_seconds)
+        self._wakeup = stack.enter_context(_signals())
+        stats = Stats()
+        device, trouble = resolve_device(settings.device)
+        fallback = settings.device == "auto" and trouble is not None
+        if fallback:
+            log.warning("device_fallback", wanted=settings.device, used=device, reason=trouble)
+        # /healthz and /readyz answer while models are loaded.
+        labels: dict[str, ModelLabels] = {}
+        self._http = self._open_http(Collector(stats, labels, device_fallback=fallback), stack)
+        self._models = _load_models(settings, device, log)
+        for name, model in self._models.items():
+            labels[name] = ModelLabels(model.contract.version, model.device, model.contract.weights_sha256[:12])
+        stats.state_bytes["device"] = sum(model.state_bytes for model in self._models.values())
+        self._engine = Engine(
+            settings,
+            {name: (model.contract, model.slots) for name, model in self._models.items()},
+            identity=Identity(os.urandom(8), {"wanted": settings.device, "used": device, "fallback": fallback}),
+            stats=stats,
+            log=log,
+        )
+        self._stats = stats
+        self._socket, self.endpoints = _bind(settings, stack)
+        self._poller = zmq.Poller()
+        self._poller.register(self._socket, zmq.POLLIN)
+        self._poller.register(self._wakeup, zmq.POLLIN)
+        # shutdown
+        self._stop_at: float | None = None
+        # beat
+        self._next_beat = 0.0
+        watchdog = self._notifier.watchdog_seconds
+        self._beat_seconds = min(_BEAT_SECONDS, watchdog / 2) if watchdog else _BEAT_SECONDS
+
+    def _open_http(self, collector: Collector, stack: ExitStack) -> HttpServer | None:
+        if not self._config.metrics:
+            return None
+        application = Application(open_registry(collector), self._health, self._log)
+        http = HttpServer(
+            self._config.metrics, application, self._log, request_seconds=self._config.timeouts.http_seconds
+        )
+        stack.callback(http.stop)
+        http.start()
+        return http
+
+    def run(self) -> int:
+        """The loop."""
+        self._announce()
+        while not self._stopped():
+            self._wait()
+            self._receive()
+            self._run_tick()
+            self._send()
+            self._beat()
+        self._log.info("stopped", dropped_chunks=self._engine.queued_chunks)
+        return ExitCode.OK
+
+    def _announce(self) -> None:
+        self._health.progress(time.monotonic())
+        self._health.phase = Phase.READY
+        addresses = ",".join(self.endpoints)
+        metrics = "off" if self._http is None else "{}:{}".format(*self._http.address)
+        self._log.info("ready", bind=addresses, metrics=metrics, models=",".join(self._models))
+        self._notifier.ready(f"serving {', '.join(self._models)} at {addresses}, metrics at {metrics}")
+
+    def _wait(self) -> None:
+        """Sleep until there is a frame, a signal, or something due."""
+        deadline = self._engine.deadline()
+        seconds = self._beat_seconds
+        if deadline is not None:
+            seconds = min(seconds, max(0.0, deadline - time.monotonic()))
+        for ready, _ in self._poller.poll(int(seconds * 1000 + 0.999)):
+            if ready == self._wakeup.fileno():
+                self._on_signal(self._wakeup.recv(64))
+
+    def _receive(self) -> None:
+        """Feed the engine what has come, up to a bound, so that ticks and answers are never far away."""
+        receive, now = self._engine.receive, time.monotonic()
+        for _ in range(self._config.tick.receive_frames):
+            try:
+                routing_id, *frames = self._socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            # Anything but exactly one frame is no message of ours; an empty one is refused as such.
+            receive(frames[0] if len(frames) == 1 else b"", routing_id, now)
+
+    def _run_tick(self) -> None:
+        tick = self._engine.take_tick(time.monotonic())
+        if tick is None:
+            return
+        model = self._models[tick.model]
+        try:
+            outputs = model.run(tick.slots, tick.fresh, tick.lengths, tick.input)
+        except Exception as error:  # whatever the runtime raises, exactly this tick's streams are lost, and told so
+            self._engine.fail(tick, error, time.monotonic())
+        else:
+            self._engine.complete(tick, outputs, time.monotonic())
+
+    def _send(self) -> None:
+        stats = self._stats
+        for routing_id, frame in self._engine.replies_to_send():
+            try:
+                self._socket.send_multipart((routing_id, frame), zmq.NOBLOCK)
+            except zmq.Again:
+                # A reader slower than its high-water mark. Results are retained and come again on request.
+                stats.send_failures["again"] += 1
+            except zmq.ZMQError as error:
+                if error.errno != zmq.EHOSTUNREACH:
+                    raise
+                stats.send_failures["unreachable"] += 1
+                self._engine.disconnected(routing_id)
+            else:
+                stats.frames_sent += 1
+                stats.bytes_sent += len(frame)
+
+    def _beat(self) -> None:
+        """Tell the outside, now and then, that the loop comes round."""
+        now = time.monotonic()
+        if now < self._next_beat:
+            return
+        self._next_beat = now + self._beat_seconds
+        self._health.progress(now)
+        self._notifier.watchdog()
+        if self._stop_at is None:
+            self._health.phase = Phase.FULL if self._engine.full else Phase.READY
+
+    def _on_signal(self, numbers: bytes) -> None:
+        if self._stop_at is not None:
+            self._log.warning("stopping_at_once", signal=signal.Signals(numbers[-1]).name)
+            self._stop_at = 0.0
+            return
+        self._stop_at = time.monotonic() + self._config.timeouts.shutdown_seconds
+        self._engine.drain()
+        self._health.phase = Phase.DRAINING
+        self._log.info("stopping", signal=signal.Signals(numbers[0]).name, queued_chunks=self._engine.queued_chunks)
+        self._notifier.stopping("finishing what was accepted")
+
+    def _stopped(self) -> bool:
+        return self._stop_at is not None and (not self._engine.queued_chunks or time.monotonic() >= self._stop_at)
+
+
+def _load_models(settings: config.Config, device: str, log: "FilteringBoundLogger") -> dict[str, Model]:
+    """Load every model and replay its golden vectors, so that a wrong answer stops the start and not a customer."""
+    models: dict[str, Model] = {}
+    for entry in settings.models:
+        begin = time.monotonic()
+        model = Model.load(entry.path, device=device, slots=entry.slots or settings.slots, threads=settings.threads)
+        name = entry.name or model.contract.name
+        if name in models:
+            raise ConfigError(f"{entry.path}: there is a model '{name}' already; give it another name in [[models]]")
+        error = verify.replay_golden(model)
+        models[name] = model
+        log.info(
+            "model_loaded",
+            model=name,
+            path=entry.path,
+            device=model.device,
+            slots=model.slots,
+            state_bytes=model.state_bytes,
+            golden_error=error,
+            seconds=round(time.monotonic() - begin, 3),
+        )
+    return models
+
+
+def _bind(settings: config.Config, stack: ExitStack) -> tuple[zmq.Socket[bytes], list[str]]:
+    """The bound ROUTER socket and the endpoints as they were bound (a port 0 resolved)."""
+    context = stack.enter_context(zmq.Context(settings.zeromq.io_threads))
+    router = stack.enter_context(context.socket(zmq.ROUTER))
+    heartbeat = int(settings.timeouts.heartbeat_seconds * 1000)
+    options = {
+        zmq.LINGER: _LINGER_MILLISECONDS,
+        # Without it ROUTER drops what it cannot deliver and says nothing.
+        zmq.ROUTER_MANDATORY: 1,
+        zmq.MAXMSGSIZE: settings.limits.message_bytes,
+        zmq.SNDHWM: settings.zeromq.send_high_water_mark,
+        zmq.RCVHWM: settings.zeromq.receive_high_water_mark,
+        zmq.BACKLOG: settings.zeromq.backlog,
+        zmq.HEARTBEAT_IVL: heartbeat,
+        zmq.HEARTBEAT_TIMEOUT: 3 * heartbeat,
+        zmq.HANDSHAKE_IVL: int(settings.timeouts.handshake_seconds * 1000),
+        zmq.TCP_KEEPALIVE: 1,
+    }
+    for option, value in options.items():
+        router.setsockopt(option, value)
+    endpoints = []
+    for endpoint in settings.bind:
+        if endpoint.startswith("ipc:///"):
+            _lock(endpoint.removeprefix("ipc://"), stack)
+        try:
+            router.bind(endpoint)
+        except zmq.ZMQError as error:
+            raise AddressError(f"bind: cannot bind {endpoint}: {os.strerror(error.errno or 0)}") from error
+        endpoints.append(router.getsockopt_string(zmq.LAST_ENDPOINT))
+    return router, endpoints
+
+
+def _lock(path: str, stack: ExitStack) -> None:
+    """Hold a lock beside an ipc path: binding a path that another process has bound takes it away without an error."""
+    try:
+        lock = stack.enter_context(open(f"{path}.lock", "w"))
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise AddressError(f"bind: cannot bind ipc://{path}: another process serves it") from error
+    except OSError as error:
+        raise AddressError(f"bind: cannot bind ipc://{path}: {error.strerror}") from error
+
+
+@contextmanager
+def _signals() -> Iterator[socket.socket]:
+    """A socket that becomes readable with the number of each SIGTERM and SIGINT.
+
+    A handler that sets a flag would not do: it does not wake zmq's poll, which is retried with its whole time-out.
+    """
+    reader, writer = socket.socketpair()
+    reader.setblocking(False)
+    writer.setblocking(False)
+    former_fd = signal.set_wakeup_fd(writer.fileno())
+    former: Mapping[int, object] = {n: signal.signal(n, _noted) for n in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield reader
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+        signal.set_wakeup_fd(former_fd)
+        reader.close()
+        writer.close()
+
+
+def _noted(number: int, frame: object) -> None:
+    """The wake-up socket carries the signal; this only keeps the default action away."""
