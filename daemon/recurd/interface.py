@@ -34,7 +34,7 @@ class OpenStream:
     @property
     def contract(self) -> dict[str, Any]:
         """The model's public contract: inputs, heads, states."""
-        return self._signature.contract
+        return self.signature.contract
 
     @property
     def generation(self) -> int:
@@ -57,7 +57,14 @@ class OpenStream:
         return self._writer.last_fresh
 
     @property
-    def _signature(self) -> Signature:
+    def max_chunk_steps(self) -> int:
+        """Steps a chunk may have: the daemon's limit, and what fits in a message of its limit."""
+        room = self._max_message_bytes - wire.HEADER_BYTES
+        return min(self._writer.max_chunk_steps, room // self.signature.step_bytes)
+
+    @property
+    def signature(self) -> Signature:
+        """The contract as arrays need it: shapes and names of input and heads."""
         assert self._writer.signature is not None  # a stream is handed out when it is open
         return self._writer.signature
 
@@ -67,12 +74,15 @@ class OpenStream:
 
     def _payload(self, x: npt.ArrayLike) -> Payload:
         """A chunk for the wire. Raises TypeError or ValueError for what the model cannot take."""
-        payload = self._signature.payload(x)
-        welcome = self._session.welcome
-        assert welcome is not None  # as above
-        if len(payload.data) + wire.HEADER_BYTES > welcome.max_message_bytes:
-            raise ValueError(f"a chunk of {payload.steps} steps is over the daemon's {welcome.max_message_bytes} bytes")
+        payload = self.signature.payload(x)
+        if len(payload.data) + wire.HEADER_BYTES > self._max_message_bytes:
+            raise ValueError(f"a chunk of {payload.steps} steps is over the daemon's {self._max_message_bytes} bytes")
         return payload
+
+    @property
+    def _max_message_bytes(self) -> int:
+        assert self._session.welcome is not None  # as above
+        return self._session.welcome.max_message_bytes
 
     def _no_room(self, seconds: float | None) -> Unanswered:
         return Unanswered(f"stream '{self.name}' has too many unanswered chunks; no room within {seconds or 0:g} s")

@@ -20,7 +20,7 @@ from recurd.errors import ContractError, DeviceError
 
 # onnxruntime reports to its maker unless this is set before it is imported; a sensor's daemon does not call home.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-import onnxruntime as ort  # noqa: E402
+import onnxruntime as ort
 
 Array = npt.NDArray[Any]
 

@@ -250,7 +250,7 @@ def _bind(settings: config.Config, stack: ExitStack) -> tuple[zmq.Socket[bytes],
 def _lock(path: str, stack: ExitStack) -> None:
     """Hold a lock beside an ipc path: binding a path that another process has bound takes it away without an error."""
     try:
-        lock = stack.enter_context(open(f"{path}.lock", "w"))
+        lock = stack.enter_context(open(f"{path}.lock", "w"))  # noqa: SIM115  # the stack closes it
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise AddressError(f"bind: cannot bind ipc://{path}: another process serves it") from error

@@ -69,6 +69,7 @@ class Signature:
         self.chunk_local = fields.causal and all(head.per == "step" for head in self.heads)
         self._wire_dtype = wire.DTYPES[fields.input.dtype]
         self._dtype = wire.NUMPY_TYPES[self._wire_dtype]
+        self.step_bytes = self.width * self._dtype.itemsize
 
     def payload(self, x: npt.ArrayLike) -> Payload:
         """A chunk ``[steps, *shape]`` as it goes over the wire.

@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from recurd.contract import Contract, Proof
+from recurd.contract import Contract, Input, Proof
 from recurd.errors import ContractError
 
 if TYPE_CHECKING:
@@ -103,28 +103,41 @@ def chunked(lengths: Sequence[int], random: np.random.Generator) -> Plan:
     return plan
 
 
-def random_streams(contract: Contract, lengths: Sequence[int], random: np.random.Generator) -> list[Array]:
-    """Random input of every stream, ``[steps, *shape]``: normal numbers, or ids the model has."""
-    shapes = [(length, *contract.input.shape) for length in lengths]
-    if contract.input.dtype == "float32":
+class Inputs(NamedTuple):
+    """Where random streams come from."""
+
+    input: Input
+    #: Steps ``[n, *shape]`` to choose from, for a model that does not take any number; else ``None``.
+    known: Array | None = None
+
+    @classmethod
+    def of(cls, contract: Contract) -> "Inputs":
+        """Steps of the golden run, which the model is known to take, where there is one."""
+        if contract.proof is None or contract.input.classes is not None:
+            return cls(contract.input)
+        return cls(contract.input, contract.proof.golden.input.array().reshape(-1, *contract.input.shape))
+
+    def draw(self, lengths: Sequence[int], random: np.random.Generator) -> list[Array]:
+        """Random input of every stream, ``[steps, *shape]``: known steps, ids the model has, or normal numbers."""
+        if self.known is not None:
+            return [self.known[random.integers(0, len(self.known), length)] for length in lengths]
+        shapes = [(length, *self.input.shape) for length in lengths]
+        if self.input.dtype == "int64":
+            return [random.integers(0, self.input.classes or 1, shape, np.int64) for shape in shapes]
         return [random.standard_normal(shape, np.float32) for shape in shapes]
-    if contract.input.classes is not None:
-        return [random.integers(0, contract.input.classes, shape, np.int64) for shape in shapes]
-    known = contract.proof.golden.input.array().ravel() if contract.proof else np.zeros(1, np.int64)
-    return [random.choice(known, shape) for shape in shapes]
 
 
 def drive(runner: Runner, streams: Sequence[Array], plan: Plan) -> dict[str, list[Array]]:
     """Run a plan from the initial states.
 
     Returns per head one array a stream: all its steps, or, of a head that gives one output a chunk, the last chunk's.
-    Under the states' names follow the final states of all streams, one array a stream. Rows are padded with noise.
+    Under the states' names follow the final states of all streams, one array a stream. Rows are padded with steps of any stream.
     """
     heads = runner.contract.heads
     parts: dict[str, list[list[Array]]] = {head.name: [[] for _ in streams] for head in heads}
-    noise = np.random.default_rng(0)
+    padding = np.concatenate(list(streams))
     for tick in plan:
-        outputs = runner.run(*_rows(runner.contract, streams, tick, noise))
+        outputs = runner.run(*_rows(streams, tick, padding))
         for head, output in zip(heads, outputs, strict=True):
             for row, piece in enumerate(tick):
                 steps = piece.stop - piece.start
@@ -136,12 +149,10 @@ def drive(runner: Runner, streams: Sequence[Array], plan: Plan) -> dict[str, lis
     return results | {name: list(rows) for name, rows in states.items()}
 
 
-def _rows(
-    contract: Contract, streams: Sequence[Array], tick: list[Piece], noise: np.random.Generator
-) -> tuple[Array, Array, Array, Array]:
-    """A tick as :meth:`Runner.run` takes it; a stream's slot is its number."""
+def _rows(streams: Sequence[Array], tick: list[Piece], padding: Array) -> tuple[Array, Array, Array, Array]:
+    """A tick as :meth:`Runner.run` takes it; a stream's slot is its number. ``padding`` are steps the model takes."""
     lengths = np.array([piece.stop - piece.start for piece in tick], np.int32)
-    rows = np.stack(random_streams(contract, [int(lengths.max())] * len(tick), noise))
+    rows = np.resize(padding, (len(tick), int(lengths.max()), *padding.shape[1:]))
     for row, piece in enumerate(tick):
         rows[row, : lengths[row]] = streams[piece.stream][piece.start : piece.stop]
     slots = np.array([piece.stream for piece in tick], np.int64)
@@ -172,7 +183,7 @@ def _compare_tensor(
 
 
 def hold_against(
-    runner: Runner, reference: Runner, tolerance: Tolerance, random: np.random.Generator
+    runner: Runner, reference: Runner, inputs: Inputs, tolerance: Tolerance, random: np.random.Generator
 ) -> Iterator[Check]:
     """Run ``runner`` in every way a daemon may, and ``reference`` with each stream whole and alone.
 
@@ -180,7 +191,7 @@ def hold_against(
     is given the same chunks, each alone.
     """
     contract = runner.contract
-    streams = random_streams(contract, RAGGED, random)
+    streams = inputs.draw(RAGGED, random)
     cut = chunked(RAGGED, random)
     whole = drive(reference, streams, alone(together(RAGGED)))
     by_cut = whole if contract.causal else drive(reference, streams, alone(cut))
@@ -188,7 +199,7 @@ def hold_against(
     yield compare("ragged batch", whole, drive(runner, streams, together(RAGGED)), tolerance)
     yield compare("chunks alone", by_cut, drive(runner, streams, alone(cut)), tolerance)
     yield compare("chunks in ragged batches", by_cut, drive(runner, streams, cut), tolerance)
-    streams = random_streams(contract, EQUAL, random)
+    streams = inputs.draw(EQUAL, random)
     whole = drive(reference, streams, together(EQUAL))
     yield compare("batch of equal lengths", whole, drive(runner, streams, together(EQUAL)), tolerance)
 
@@ -252,4 +263,5 @@ def verify(path: str | Path, device: str = "cpu", seed: int = 0) -> list[Check]:
     proof = model.contract.proof
     checks = [] if proof is None else [check_golden(model, proof, slots)]
     tolerance = Tolerance() if proof is None else Tolerance(proof.atol, proof.rtol)
-    return checks + list(hold_against(model, model, tolerance, np.random.default_rng(seed)))
+    inputs = Inputs.of(model.contract)
+    return checks + list(hold_against(model, model, inputs, tolerance, np.random.default_rng(seed)))

@@ -27,7 +27,9 @@ from recurd.verify import (
     ATOL,
     EQUAL,
     RAGGED,
+    RTOL,
     Check,
+    Inputs,
     Piece,
     Tolerance,
     alone,
@@ -36,7 +38,6 @@ from recurd.verify import (
     describe,
     drive,
     hold_against,
-    random_streams,
     together,
 )
 from recurd_export.errors import ExportError
@@ -53,6 +54,8 @@ GOLDEN_LENGTHS = (6, 3, 1)
 GOLDEN_ELEMENTS = 50_000
 #: Float32 rounding of the model itself, measured against float64, may be this many times larger in the file.
 NOISE_FACTOR = 8.0
+#: A model whose rounding asks for more than this is refused.
+MAX_RTOL = 0.05
 
 #: Told the name of each stage as it begins.
 Progress = Callable[[str], None]
@@ -188,22 +191,24 @@ def _states(recurrence: Recurrence) -> Sequence[State]:
 def _prove(model: nn.Module, found: Layout, contract: Contract, proto: onnx.ModelProto) -> tuple[Proof, list[Check]]:
     """Hold the file's graph against the model, in a plain session and in the daemon's tick."""
     reference = Reference(model, found, contract)
-    tolerance = Tolerance(atol=max(ATOL, NOISE_FACTOR * _noise(model, found, contract)))
+    known = found.arguments.known
+    inputs = Inputs(contract.input, None if known is None else known.numpy())
+    tolerance = _tolerance(model, found, contract, inputs)
     session = Session(proto, contract)
     tick = Model(proto, contract, device="cpu", slots=len(RAGGED), threads=1)
     # Of the two runs the worse stands in the report and in the proof.
     checks = [
         max(map(_hold, both), key=lambda check: check.error)
         for both in zip(
-            hold_against(session, reference, tolerance, np.random.default_rng(0)),
-            hold_against(tick, reference, tolerance, np.random.default_rng(0)),
+            hold_against(session, reference, inputs, tolerance, np.random.default_rng(0)),
+            hold_against(tick, reference, inputs, tolerance, np.random.default_rng(0)),
             strict=True,
         )
     ]
     if returns_state_arguments(found):
-        checks.append(_hold(_check_passing(reference, tolerance)))
+        checks.append(_hold(_check_passing(reference, inputs, tolerance)))
     errors = {check.name: check.error for check in checks}
-    return Proof(atol=tolerance.atol, rtol=tolerance.rtol, errors=errors, golden=_golden(session)), checks
+    return Proof(atol=tolerance.atol, rtol=tolerance.rtol, errors=errors, golden=_golden(session, inputs)), checks
 
 
 def _hold(check: Check) -> Check:
@@ -212,22 +217,31 @@ def _hold(check: Check) -> Check:
     return check
 
 
-def _noise(model: nn.Module, found: Layout, contract: Contract) -> float:
-    """Float32 rounding of the model itself: its largest difference to a run in float64; 0 where it cannot be run so."""
-    streams = random_streams(contract, RAGGED, np.random.default_rng(0))
+def _tolerance(model: nn.Module, found: Layout, contract: Contract, inputs: Inputs) -> Tolerance:
+    """The usual bound, or a wider one where the model's own float32 rounding (against float64) asks for it.
+
+    Raises :class:`ExportError` for a model in which rounding grows so much that nothing could be verified.
+    """
+    streams = inputs.draw(RAGGED, np.random.default_rng(0))
     plan = alone(together(RAGGED))
     single = drive(Reference(model, found, contract), streams, plan)
     try:
         exact = drive(Reference(model, found, contract, double=True), streams, plan)
     except ExportError:
-        return 0.0
-    error = compare("noise", exact, single, Tolerance()).error
-    return error if np.isfinite(error) else 0.0
+        return Tolerance()  # its code does not run in float64
+    noise = compare("rounding", exact, single, Tolerance(atol=float(np.finfo(np.float32).tiny), rtol=1.0))
+    relative = NOISE_FACTOR * noise.error / noise.bound
+    if not relative < MAX_RTOL and noise.error > ATOL:
+        raise ExportError(
+            f"float32 rounding grows to {noise.error:.1g} in '{noise.tensor}' within {max(RAGGED)} steps, so that nothing "
+            f"can be verified; are the recurrent weights too large?"
+        )
+    return Tolerance(rtol=max(RTOL, relative) if noise.error > ATOL else RTOL)
 
 
-def _check_passing(reference: Reference, tolerance: Tolerance) -> Check:
+def _check_passing(reference: Reference, inputs: Inputs, tolerance: Tolerance) -> Check:
     """The model driven as its own callers do, its returned state handed back, gives what hoisted states give."""
-    streams = random_streams(reference.contract, EQUAL, np.random.default_rng(1))
+    streams = inputs.draw(EQUAL, np.random.default_rng(1))
     cuts = (0, 4, 5, EQUAL[0])
     plan = [[Piece(stream, start, stop) for stream in range(len(EQUAL))] for start, stop in itertools.pairwise(cuts)]
     return compare(
@@ -235,14 +249,14 @@ def _check_passing(reference: Reference, tolerance: Tolerance) -> Check:
     )
 
 
-def _golden(session: Session) -> Golden:
+def _golden(session: Session, inputs: Inputs) -> Golden:
     """A short ragged run of the plain file, small enough to live in it."""
     contract = session.contract
     widest = max(contract.input.width, *(h.width for h in contract.heads), *(s.width for s in contract.states))
     steps = max(1, GOLDEN_ELEMENTS // widest // len(GOLDEN_LENGTHS))
     lengths = np.array([min(length, steps) for length in GOLDEN_LENGTHS], np.int32)
     rows = len(lengths)
-    x = np.stack(random_streams(contract, [int(lengths.max())] * rows, np.random.default_rng(2)))
+    x = np.stack(inputs.draw([int(lengths.max())] * rows, np.random.default_rng(2)))
     slots = np.arange(rows, dtype=np.int64)
     outputs = session.run(slots, np.ones(rows, bool), lengths, x)
     states = session.read(slots)
@@ -274,7 +288,9 @@ def _notes(found: Layout, contract: Contract) -> Iterator[str]:
         )
     if found.arguments.time_major:
         yield "the model's own input is [time, batch, ...]; the exported file takes [batch, time, ...]"
-    if contract.proof is not None and contract.proof.atol > ATOL:
-        yield f"rounding grows in this model, so errors up to {contract.proof.atol:.1e} are allowed"
+    if contract.proof is not None and contract.proof.rtol > RTOL:
+        yield f"rounding grows in this model, so relative errors up to {contract.proof.rtol:.1e} are allowed"
+    if found.arguments.drawn:
+        yield "the model does not take any number, so it was verified on steps of the example; give a real one"
     if contract.input.dtype == "int64" and contract.input.classes is None:
         yield "how many token ids the model has is not known, so ids out of range will not be refused"

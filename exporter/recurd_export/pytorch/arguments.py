@@ -4,10 +4,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from recurd_export.errors import ExportError
 from recurd_export.pytorch import tree
+from recurd_export.pytorch.kept import Kept
 
 #: Sizes to probe with: primes, so that an axis of that size is hardly a feature axis.
 BATCH, OTHER_BATCH, STEPS, OTHER_STEPS = 3, 5, 11, 13
@@ -23,6 +24,10 @@ class Arguments:
     time_major: bool = False
     #: Batch axis of every tensor in ``rest``, in order.
     state_axes: tuple[int, ...] = ()
+    #: Attributes that hold states.
+    kept: tuple[Kept, ...] = ()
+    #: Whether random inputs are made of the example's steps, because the model does not take any number.
+    drawn: bool = False
     #: Token ids are in ``[0, classes)``; ``None`` where not known or not token ids.
     classes: int | None = None
 
@@ -47,14 +52,27 @@ class Arguments:
 
         return (x.transpose(0, 1) if self.time_major else x, *tree.map_leaves(self.rest, zeros))
 
+    def prepare(self, model: nn.Module, batch: Any) -> None:
+        """Set the states that a copy keeps in attributes to zeros for ``batch`` rows."""
+        for kept in self.kept:
+            kept.reset(model, batch)
+
+    @property
+    def known(self) -> Tensor | None:
+        """Steps to make inputs of, ``[n, *step_shape]``; ``None`` when normal numbers or the model's ids will do."""
+        if self.drawn or (self.dtype == "int64" and self.classes is None):
+            return self.example.flatten(0, 1)
+        return None
+
     def random(self, batch: int, steps: int, seed: int) -> Tensor:
-        """A random input ``[batch, time, ...]``: normal numbers, or ids the model has."""
+        """A random input ``[batch, time, ...]``: normal numbers, ids the model has, or the example's steps."""
         generator = torch.Generator().manual_seed(seed)
         shape = (batch, steps, *self.step_shape)
-        if self.dtype == "float32":
-            return torch.randn(shape, generator=generator)
-        ids = torch.unique(self.example) if self.classes is None else torch.arange(self.classes)
-        return ids[torch.randint(len(ids), shape, generator=generator)]
+        if self.known is not None:
+            return self.known[torch.randint(len(self.known), (batch, steps), generator=generator)]
+        if self.classes is not None:
+            return torch.randint(self.classes, shape, generator=generator)
+        return torch.randn(shape, generator=generator)
 
 
 def read_example(example: Any) -> tuple[Tensor, tuple[Any, ...]]:
@@ -70,7 +88,7 @@ def read_example(example: Any) -> tuple[Tensor, tuple[Any, ...]]:
             if not isinstance(example, tuple | list)
             else f"the example's first argument must be a tensor [batch, time, ...]; it is {found}"
         )
-    x, *rest = tree.map_leaves(args, lambda tensor: tensor.detach().cpu())
+    x, *rest = tree.map_leaves(args, lambda tensor: tensor.detach().cpu().clone())
     if x.dtype not in (torch.float32, torch.int64):
         raise ExportError(
             f"the example is {_dtype(x)}; an input is float32 (numbers) or int64 (token ids), so convert it with "

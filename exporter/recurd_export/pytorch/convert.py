@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -37,10 +38,19 @@ def to_onnx(program: torch.export.ExportedProgram, inputs: Sequence[str], output
                 verbose=False,
             )
     except Exception as error:  # the converter raises many types; the cause says what it could not do
-        cause = error.__cause__ or error
-        raise ExportError(f"the model cannot be converted to ONNX: {first_line(cause)}") from error
+        raise ExportError(_unconvertible(error)) from error
     assert converted is not None
     return converted.model_proto
+
+
+def _unconvertible(error: Exception) -> str:
+    cause: BaseException = error
+    while cause.__cause__ is not None:
+        found = re.search(r"\[target=torch\.ops\.([\w.]+)\]", str(cause))
+        if found:
+            return f"ONNX has no operator for torch's '{found[1]}', which the model uses: {first_line(cause.__cause__)}"
+        cause = cause.__cause__
+    return f"the model cannot be converted to ONNX: {first_line(cause)}"
 
 
 @contextlib.contextmanager
@@ -52,6 +62,8 @@ def quiet() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "`isinstance\\(treespec, LeafSpec\\)`", FutureWarning)
+            # Said of states kept in attributes, which are hoisted, and of weights computed anew at every call.
+            warnings.filterwarnings("ignore", "The tensor attributes? .* assigned during export", UserWarning)
             yield
     finally:
         logger.setLevel(level)

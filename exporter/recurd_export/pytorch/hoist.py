@@ -5,6 +5,9 @@ In a copy of the model each recurrent module's ``forward`` is replaced by one th
 leaves its next state there. Nothing else of the module changes, so code that asks for its sizes or weights still works.
 """
 
+import contextlib
+import io
+import re
 from collections import defaultdict
 from collections.abc import Mapping
 from types import MethodType
@@ -12,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from recurd_export.errors import ExportError
 from recurd_export.pytorch import ops, tree
@@ -57,7 +61,9 @@ class Hoisted(nn.Module):
         """See the class."""
         self._carried = Carried(lengths, dict(zip(self.state_names, states, strict=True)))
         batch, steps = input.shape[:2]
-        output = self.model(*self.layout.arguments.with_input(input))
+        arguments = self.layout.arguments
+        arguments.prepare(self.model, batch)
+        output = self.model(*arguments.with_input(input.clone()))  # a forward may write to its input
         found = [tensor for _, tensor in tree.leaves(output)]
         heads = [head.arrange(found[head.position], batch, steps) for head in self.layout.heads]
         return (*heads, *(self._carried.next[name] for name in self.state_names))
@@ -137,10 +143,24 @@ def trace(hoisted: Hoisted) -> torch.export.ExportedProgram:
     ]
     dynamic = {"input": {0: batch, 1: time}, "lengths": {0: batch}, "states": tuple({1: batch} for _ in states)}
     try:
-        return torch.export.export(hoisted, (x, lengths, *states), dynamic_shapes=dynamic, strict=False)
+        with contextlib.redirect_stderr(io.StringIO()):  # a failed trace prints its graph; the error says what is wrong
+            return torch.export.export(hoisted, (x, lengths, *states), dynamic_shapes=dynamic, strict=False)
     except ExportError:
         raise
+    except GuardOnDataDependentSymNode as error:
+        raise ExportError("the model's forward branches on the values of tensors, which a graph cannot") from error
     except Exception as error:  # torch raises many types, and user code any
-        raise ExportError(
-            f"the model's forward cannot be traced for any batch size and number of steps: {first_line(error)}"
-        ) from error
+        raise ExportError(_untraceable(error)) from error
+
+
+def _untraceable(error: Exception) -> str:
+    guards = [
+        guard.replace("L['input'].size()[0]", "batch").replace("L['input'].size()[1]", "steps").strip(" .")
+        for guard in re.findall(r"generated guard (.*)", str(error))
+    ]
+    if guards:
+        return (
+            f"the model's forward is another one for other batch sizes or numbers of steps (this trace holds for "
+            f"{' and '.join(guards)}); it must do the same for all"
+        )
+    return f"the model's forward cannot be traced for any batch size and number of steps: {first_line(error)}"

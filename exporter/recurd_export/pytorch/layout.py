@@ -18,8 +18,20 @@ from torch import Tensor, nn
 from recurd_export.errors import ExportError
 from recurd_export.pytorch import tree
 from recurd_export.pytorch.arguments import BATCH, OTHER_BATCH, OTHER_STEPS, STEPS, Arguments, read_example
+from recurd_export.pytorch.fresh import fresh_run, run_with
+from recurd_export.pytorch.kept import find_kept
 from recurd_export.pytorch.outputs import HeadLayout, find_outputs
-from recurd_export.pytorch.watch import Call, ForwardError, Run, copy_of, first_line, label, run_with, watch
+from recurd_export.pytorch.watch import (
+    Call,
+    ForwardError,
+    Run,
+    copy_of,
+    first_line,
+    label,
+    shape_changer,
+    tensors,
+    watch,
+)
 
 _CLASSES: dict[str, type[nn.RNNBase]] = {"LSTM": nn.LSTM, "GRU": nn.GRU, "RNN_TANH": nn.RNN, "RNN_RELU": nn.RNN}
 
@@ -69,9 +81,13 @@ def find(model: nn.Module, example: Any) -> Layout:
     """Examine a model. Raises :class:`ExportError` with one sentence for all it cannot be exported with."""
     check_modules(model)
     x, rest = read_example(example)
-    arguments, run = _orient(model, Arguments(x, rest), _first_run(model, x, rest))
-    if arguments.state_axes:
-        _check_state_arguments(model, arguments)
+    first = _first_run(model, x, rest)
+    _check_state_arguments(model, x, rest)
+    arguments = Arguments(
+        x, rest, kept=find_kept(model, (x, *rest)), drawn=_is_choosy(model, x, rest), classes=_classes(x, first)
+    )
+    arguments, run = _orient(model, arguments, first.calls[0].batch)
+    _check_repeatable(model, arguments)
     runs = [
         run,
         run_with(model, arguments, arguments.random(OTHER_BATCH, STEPS, 1)),
@@ -112,7 +128,7 @@ def check_modules(model: nn.Module) -> None:
 
 def _first_run(model: nn.Module, x: Tensor, rest: tuple[Any, ...]) -> Run:
     try:
-        run = watch(copy_of(model), (x, *rest))
+        run = watch(copy_of(model), (x.clone(), *rest))
     except ForwardError as error:
         raise ExportError(_example_trouble(x, error)) from error.error
     if not run.calls:
@@ -130,11 +146,62 @@ def _example_trouble(x: Tensor, error: ForwardError) -> str:
     return f"the model's forward fails on the example in {error}"
 
 
-def _orient(model: nn.Module, arguments: Arguments, first: Run) -> tuple[Arguments, Run]:
-    """Which axis of the input is time and which axis of every state argument is batch, and a run that shows it."""
-    arguments = replace(arguments, classes=_classes(arguments.example, first))
+def _is_choosy(model: nn.Module, x: Tensor, rest: tuple[Any, ...]) -> bool:
+    """Whether the model fails, or gives NaN, on random numbers and not on the example (logarithms, ids as floats).
+
+    Raises :class:`ExportError` for a model that gives NaN on both.
+    """
+    if not x.is_floating_point():
+        return False
+    generator = torch.Generator().manual_seed(0)
+    if not _gives_nan(model, (torch.randn(x.shape, generator=generator), *rest)):
+        return False
+    if _gives_nan(model, (x, *rest)):
+        raise ExportError("the model gives NaN, on the example and on random numbers; are its weights good?")
+    return True
+
+
+def _gives_nan(model: nn.Module, args: tuple[Any, ...]) -> bool:
+    try:
+        run = watch(copy_of(model), args)
+    except ForwardError:
+        return True
+    results = [*tensors(run.output), *(state for call in run.calls for state in call.left)]
+    return any(bool(result.isnan().any()) for result in results)
+
+
+def _check_repeatable(model: nn.Module, arguments: Arguments) -> None:
+    """Nothing but the recurrent states may go from call to call, and nothing may be left to chance."""
+    args = arguments.with_input(arguments.random(BATCH, STEPS, 0))
+    copied = copy_of(model)
+    arguments.prepare(copied, BATCH)
+    first = watch(copied, tree.map_leaves(args, Tensor.clone))
+    given = {call.key: call.given for call in first.calls}
+    second = watch(copied, tree.map_leaves(args, Tensor.clone), lambda key, module, batch: given.get(key))
+    if _same(first, second):
+        return
+    if _same(first, fresh_run(model, arguments, arguments.random(BATCH, STEPS, 0))):
+        raise ExportError(
+            "the model keeps more than the states of its recurrent layers from call to call: a second call with the same "
+            "input and states gives something else"
+        )
+    raise ExportError(
+        "the model gives something else every time, in eval mode too: it draws random numbers (dropout without "
+        "training=self.training does)"
+    )
+
+
+def _same(one: Run, other: Run) -> bool:
+    pairs = zip(tensors(one.output), tensors(other.output), strict=True)
+    return all(a.shape == b.shape and torch.allclose(a, b, 1e-4, 1e-5, equal_nan=True) for a, b in pairs)
+
+
+def _orient(model: nn.Module, arguments: Arguments, batch: int) -> tuple[Arguments, Run]:
+    """Which axis of the input is time and which axis of every state argument is batch, and a run that shows it.
+
+    ``batch`` is the example's, as its first recurrent layer saw it.
+    """
     states = [tensor for _, tensor in tree.leaves(arguments.rest)]
-    batch = first.calls[0].batch
     axes = [_batch_axes(state, batch) for state in states]
     if not all(axes):
         raise ExportError(
@@ -142,7 +209,7 @@ def _orient(model: nn.Module, arguments: Arguments, first: Run) -> tuple[Argumen
             f"{next(list(s.shape) for s, a in zip(states, axes, strict=True) if not a)}"
         )
     trouble: ExportError | None = None
-    time_major_first = arguments.example.shape[0] != batch
+    time_major_first = arguments.example.shape[0] != batch == arguments.example.shape[1]
     for state_axes in itertools.islice(itertools.product(*axes), 16):
         for time_major in (time_major_first, not time_major_first):
             candidate = replace(arguments, time_major=time_major, state_axes=state_axes)
@@ -180,32 +247,30 @@ def _check_sizes(run: Run) -> None:
     call = next(c for c in run.calls if (c.batch, c.steps) != (BATCH, STEPS))
     if call.steps == 1 and sum(c.path == call.path for c in run.calls) >= STEPS:
         raise ExportError(f"{call.label} is called once for every time step; call it once over the whole sequence")
-    for _, layer, shapes, results in run.passages:
-        if any(STEPS in shape for shape in shapes) and results and not any(STEPS in shape for shape in results):
-            now = f"{list(shapes[0])} into {list(results[0])}"
-            raise ExportError(
-                f"{layer} changes the number of time steps ({now}), so chunks of a stream would not fit together"
-            )
+    changer = shape_changer(run, STEPS)
+    if changer is not None:
+        raise ExportError(changer)
     raise ExportError(
         f"{call.label} runs over a batch of {call.batch} and {call.steps} steps where the model was given a batch of "
         f"{BATCH} and {STEPS} steps; each of its rows must be one stream"
     )
 
 
-def _check_state_arguments(model: nn.Module, arguments: Arguments) -> None:
+def _check_state_arguments(model: nn.Module, x: Tensor, rest: tuple[Any, ...]) -> None:
     """State arguments must reach the layers unchanged: then the state given back is the state to carry on."""
     generator = torch.Generator().manual_seed(0)
-    x, *rest = arguments.with_input(arguments.random(BATCH, STEPS, 0))
     rest = tree.map_leaves(rest, lambda state: torch.randn(state.shape, generator=generator))
     given = [tensor for _, tensor in tree.leaves(rest)]
-    run = watch(copy_of(model), (x, *rest))
+    if not given:
+        return
+    run = watch(copy_of(model), (x.clone(), *rest))
     taken = [(call, tensor) for call in run.calls for tensor in call.given or ()]
     everything = torch.cat([tensor.flatten() for _, tensor in taken] or [torch.zeros(0)])
     for number, state in enumerate(given, start=1):
         if not torch.isin(state, everything).all():
             raise ExportError(
-                f"state argument {number} {list(state.shape)} does not reach a recurrent layer unchanged; the model "
-                f"must take one input and the states of its recurrent layers"
+                f"argument {number + 1} {list(state.shape)} is not the state of a recurrent layer, or does not reach it "
+                f"unchanged; the model must take one input and the states of its recurrent layers"
             )
     sources = torch.cat([state.flatten() for state in given])
     for call, tensor in taken:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from recurd_export.errors import ExportError
 from recurd_export.pytorch import tree
 from recurd_export.pytorch.arguments import BATCH, OTHER_BATCH, OTHER_STEPS, STEPS, Arguments
-from recurd_export.pytorch.watch import Run, run_with
+from recurd_export.pytorch.fresh import run_with
+from recurd_export.pytorch.watch import Run, shape_changer
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ def find_outputs(
     if any([path for path, _ in other] != paths for other in found[1:]):
         raise ExportError("what the model returns depends on the input or its length")
     states = _returned_states(arguments, runs[0], [tensor for _, tensor in found[0]])
+    _check_states_returned(arguments, states, [tensor for _, tensor in found[0]])
     if len(states) == len(paths):
         states = ()  # a model that gives nothing but its states means them as its output
     positions = [position for position in range(len(paths)) if position not in states]
@@ -54,7 +56,7 @@ def find_outputs(
     heads = []
     for name, position in zip(names, positions, strict=True):
         tensors = [leaves[position][1] for leaves in found]
-        head = _axes(name, position, [tuple(tensor.shape) for tensor in tensors])
+        head = _axes(name, position, [tuple(tensor.shape) for tensor in tensors], runs[0])
         heads.append(_order(model, arguments, head, tensors[0]) if head.outer else head)
     return tuple(heads), states
 
@@ -62,8 +64,7 @@ def find_outputs(
 def _returned_states(arguments: Arguments, run: Run, tensors: Sequence[Tensor]) -> tuple[int, ...]:
     """Positions of returned tensors that are states: equal to a layer's, or an argument's new value."""
     left = [state for call in run.calls for state in call.left]
-    _, *rest = arguments.with_input(arguments.random(BATCH, 1, 0))
-    shapes = {state.shape for _, state in tree.leaves(rest)}
+    shapes = _argument_shapes(arguments)
     values = torch.cat([state.flatten() for state in left])
     return tuple(
         position
@@ -71,6 +72,24 @@ def _returned_states(arguments: Arguments, run: Run, tensors: Sequence[Tensor]) 
         if any(tensor.shape == state.shape and torch.equal(tensor, state) for state in left)
         or (tensor.shape in shapes and bool(torch.isin(tensor, values).all()))
     )
+
+
+def _argument_shapes(arguments: Arguments) -> list[torch.Size]:
+    _, *rest = arguments.with_input(arguments.random(BATCH, 1, 0))
+    return [state.shape for _, state in tree.leaves(rest)]
+
+
+def _check_states_returned(arguments: Arguments, states: Sequence[int], tensors: Sequence[Tensor]) -> None:
+    """A model that takes states must give them back as its layers leave them, if it gives back anything like them."""
+    shapes = _argument_shapes(arguments)
+    if len(states) >= len(shapes):
+        return
+    for position, tensor in enumerate(tensors):
+        if position not in states and tensor.shape in shapes:
+            raise ExportError(
+                f"returned tensor {position + 1} {list(tensor.shape)} has the shape of a state argument, but is not the "
+                f"state as the recurrent layers leave it; states must be passed on unchanged"
+            )
 
 
 def _names(paths: Sequence[tree.Path], taken: set[str]) -> list[str]:
@@ -85,7 +104,7 @@ def _names(paths: Sequence[tree.Path], taken: set[str]) -> list[str]:
     return names
 
 
-def _axes(name: str, position: int, shapes: Sequence[tuple[int, ...]]) -> HeadLayout:
+def _axes(name: str, position: int, shapes: Sequence[tuple[int, ...]], run: Run) -> HeadLayout:
     """Find batch and time by what changes with which size. ``shapes`` are those of the three runs of :func:`find`."""
     if len({len(shape) for shape in shapes}) != 1:
         raise ExportError(f"the rank of head '{name}' depends on the input's sizes: {[list(s) for s in shapes]}")
@@ -105,6 +124,9 @@ def _axes(name: str, position: int, shapes: Sequence[tuple[int, ...]]) -> HeadLa
         return HeadLayout(name, position, "last", batch[0])
     if not axes["other"] and (len(batch), len(time), len(both)) == (0, 0, 1):
         return HeadLayout(name, position, "step", both[0], outer="batch")
+    changer = shape_changer(run, STEPS)
+    if changer is not None:
+        raise ExportError(changer)
     raise ExportError(
         f"head '{name}' has the shape {list(shapes[0])} for a batch of {BATCH} and {STEPS} steps; a head needs one "
         f"batch axis, and one time axis of as many steps as the input or none (its last step)"

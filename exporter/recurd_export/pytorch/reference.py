@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from recurd.contract import Contract
 from recurd_export.errors import ExportError
 from recurd_export.pytorch import tree
+from recurd_export.pytorch.fresh import fresh_run
 from recurd_export.pytorch.layout import Layout
 from recurd_export.pytorch.watch import ForwardError, copy_of, watch
 
@@ -107,9 +108,9 @@ class Reference:
             return tuple(torch.cat(parts, dim=1) for parts in zip(*(row[key] for row in given), strict=True))
 
         tensor = torch.from_numpy(np.ascontiguousarray(x))
-        args = self._layout.arguments.with_input(tensor.to(self._dtype) if tensor.is_floating_point() else tensor)
+        tensor = tensor.to(self._dtype) if tensor.is_floating_point() else tensor
         try:
-            run = watch(copy_of(self._model), args, inject)
+            run = fresh_run(self._model, self._layout.arguments, tensor, inject)
         except ForwardError as error:
             raise ExportError(
                 f"the model's forward fails with a batch of {batch} and {steps} steps: {error}"

@@ -58,7 +58,8 @@ def _pick_last_step(graph: Graph, node: fx.Node) -> None:
 
 def _picks_last(graph: Graph, node: fx.Node) -> bool | None:
     """Whether a node picks the last step: ``True`` when it keeps the axis (``[:, -1:]``), ``None`` when it does not."""
-    if node.target not in (torch.ops.aten.select.int, torch.ops.aten.slice.Tensor):
+    aten = torch.ops.aten
+    if node.target not in (aten.select.int, aten.slice.Tensor, aten.narrow.default):
         return None
     source, axis, start, *end = (*node.args, *([0] * (2 - len(node.args))))[:4]
     if not isinstance(source, fx.Node) or graph.axis(source, graph.time) != axis % source.meta["val"].dim():
@@ -66,8 +67,10 @@ def _picks_last(graph: Graph, node: fx.Node) -> bool | None:
     time = source.meta["val"].shape[axis]
     if not _is_last(start, time):
         return None
-    if node.target is torch.ops.aten.select.int:
+    if node.target is aten.select.int:
         return False
+    if node.target is aten.narrow.default:
+        return True if end[0] == 1 else None
     return True if not end or end[0] is None or _is_end(end[0], time) else None
 
 

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from recurd_export.errors import ExportError
-from recurd_export.pytorch.arguments import Arguments
 
 #: Shapes of the tensors that went into and came out of one module without children.
 Passage = tuple[str, str, list[tuple[int, ...]], list[tuple[int, ...]]]
@@ -90,21 +89,27 @@ def copy_of(model: nn.Module) -> nn.Module:
     for module in model.modules():
         # Stateful models keep tensors with a graph behind them, which deepcopy refuses.
         for value in vars(module).values():
-            for tensor in _tensors(value):
+            for tensor in tensors(value):
                 if id(tensor) not in memo:
                     memo[id(tensor)] = tensor.detach().cpu().clone()
-    return copy.deepcopy(model, memo).eval()
+    try:
+        return copy.deepcopy(model, memo).eval()
+    except Exception as error:  # what a module holds may refuse to be copied in any way
+        raise ExportError(
+            f"{type(model).__name__} cannot be copied, and the original is not to be touched: {first_line(error)}"
+        ) from error
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors(value: Any) -> Iterator[Tensor]:
+    """All tensors in nested tuples, lists and mappings."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
         for item in value.values():
-            yield from _tensors(item)
+            yield from tensors(item)
     elif isinstance(value, tuple | list):
         for item in value:
-            yield from _tensors(item)
+            yield from tensors(item)
 
 
 def watch(copied: nn.Module, args: tuple[Any, ...], inject: Inject | None = None) -> Run:
@@ -126,15 +131,15 @@ def watch(copied: nn.Module, args: tuple[Any, ...], inject: Inject | None = None
     return Run(output, tuple(recorder.calls), tuple(recorder.passages), tuple(recorder.lookups))
 
 
-def run_with(model: nn.Module, arguments: Arguments, x: Tensor) -> Run:
-    """Run a fresh copy on an input ``[batch, time, ...]``. Raises :class:`ExportError` naming the layer that fails."""
-    try:
-        return watch(copy_of(model), arguments.with_input(x))
-    except ForwardError as error:
-        raise ExportError(
-            f"the model's forward takes the example's sizes only: with a batch of {x.shape[0]} and {x.shape[1]} steps "
-            f"it fails in {error}"
-        ) from error.error
+def shape_changer(run: Run, steps: int) -> str | None:
+    """In words: the first layer that was given something of ``steps`` steps and gave something without; or ``None``."""
+    for _, layer, shapes, results in run.passages:
+        if any(steps in shape for shape in shapes) and results and not any(steps in shape for shape in results):
+            return (
+                f"{layer} changes the number of time steps ({list(shapes[0])} into {list(results[0])}), so chunks of a "
+                f"stream would not fit together"
+            )
+    return None
 
 
 class _Recorder:
@@ -197,8 +202,8 @@ class _Recorder:
             if isinstance(module, nn.Embedding):
                 self.lookups.append((module.num_embeddings, args[0]))
             if next(module.children(), None) is None:
-                shapes = [tuple(t.shape) for t in _tensors(args)]
-                self.passages.append((path, label(path, module), shapes, [tuple(t.shape) for t in _tensors(output)]))
+                shapes = [tuple(t.shape) for t in tensors(args)]
+                self.passages.append((path, label(path, module), shapes, [tuple(t.shape) for t in tensors(output)]))
 
         return hook
 
