@@ -131,7 +131,8 @@ def drive(runner: Runner, streams: Sequence[Array], plan: Plan) -> dict[str, lis
     """Run a plan from the initial states.
 
     Returns per head one array a stream: all its steps, or, of a head that gives one output a chunk, the last chunk's.
-    Under the states' names follow the final states of all streams, one array a stream. Rows are padded with steps of any stream.
+    Under the states' names follow the final states of all streams, one array a stream. Rows are padded with steps of
+    any stream.
     """
     heads = runner.contract.heads
     parts: dict[str, list[list[Array]]] = {head.name: [[] for _ in streams] for head in heads}

@@ -233,7 +233,7 @@ def _tolerance(model: nn.Module, found: Layout, contract: Contract, inputs: Inpu
     relative = NOISE_FACTOR * noise.error / noise.bound
     if not relative < MAX_RTOL and noise.error > ATOL:
         raise ExportError(
-            f"float32 rounding grows to {noise.error:.1g} in '{noise.tensor}' within {max(RAGGED)} steps, so that nothing "
+            f"float32 rounding grows to {noise.error:.1g} in '{noise.tensor}' within {max(RAGGED)} steps, so nothing "
             f"can be verified; are the recurrent weights too large?"
         )
     return Tolerance(rtol=max(RTOL, relative) if noise.error > ATOL else RTOL)

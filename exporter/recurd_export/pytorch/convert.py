@@ -48,7 +48,7 @@ def _unconvertible(error: Exception) -> str:
     while cause.__cause__ is not None:
         found = re.search(r"\[target=torch\.ops\.([\w.]+)\]", str(cause))
         if found:
-            return f"ONNX has no operator for torch's '{found[1]}', which the model uses: {first_line(cause.__cause__)}"
+            return f"the model uses torch's '{found[1]}', which cannot be converted to ONNX"
         cause = cause.__cause__
     return f"the model cannot be converted to ONNX: {first_line(cause)}"
 

@@ -155,12 +155,16 @@ def trace(hoisted: Hoisted) -> torch.export.ExportedProgram:
 
 def _untraceable(error: Exception) -> str:
     guards = [
-        guard.replace("L['input'].size()[0]", "batch").replace("L['input'].size()[1]", "steps").strip(" .")
+        guard.replace("L['input'].size()[0]", "batch")
+        .replace("L['input'].size()[1]", "steps")
+        .replace("2 <= steps and ", "")
+        .replace(" and steps <= IntInfinity()", "")
+        .strip(" .")
         for guard in re.findall(r"generated guard (.*)", str(error))
     ]
     if guards:
         return (
-            f"the model's forward is another one for other batch sizes or numbers of steps (this trace holds for "
-            f"{' and '.join(guards)}); it must do the same for all"
+            f"the model's forward must do the same for every batch size and number of steps, but what it does holds for "
+            f"{' and '.join(guards)} only"
         )
     return f"the model's forward cannot be traced for any batch size and number of steps: {first_line(error)}"

@@ -182,8 +182,8 @@ def _check_repeatable(model: nn.Module, arguments: Arguments) -> None:
         return
     if _same(first, fresh_run(model, arguments, arguments.random(BATCH, STEPS, 0))):
         raise ExportError(
-            "the model keeps more than the states of its recurrent layers from call to call: a second call with the same "
-            "input and states gives something else"
+            "the model keeps more than the states of its recurrent layers from call to call: a second call with the "
+            "same input and states gives something else"
         )
     raise ExportError(
         "the model gives something else every time, in eval mode too: it draws random numbers (dropout without "
@@ -269,8 +269,8 @@ def _check_state_arguments(model: nn.Module, x: Tensor, rest: tuple[Any, ...]) -
     for number, state in enumerate(given, start=1):
         if not torch.isin(state, everything).all():
             raise ExportError(
-                f"argument {number + 1} {list(state.shape)} is not the state of a recurrent layer, or does not reach it "
-                f"unchanged; the model must take one input and the states of its recurrent layers"
+                f"argument {number + 1} {list(state.shape)} is not the state of a recurrent layer, or does not reach "
+                f"it unchanged; the model must take one input and the states of its recurrent layers"
             )
     sources = torch.cat([state.flatten() for state in given])
     for call, tensor in taken:

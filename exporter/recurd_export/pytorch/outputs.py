@@ -87,8 +87,8 @@ def _check_states_returned(arguments: Arguments, states: Sequence[int], tensors:
     for position, tensor in enumerate(tensors):
         if position not in states and tensor.shape in shapes:
             raise ExportError(
-                f"returned tensor {position + 1} {list(tensor.shape)} has the shape of a state argument, but is not the "
-                f"state as the recurrent layers leave it; states must be passed on unchanged"
+                f"returned tensor {position + 1} {list(tensor.shape)} has the shape of a state argument, but is not "
+                f"the state as the recurrent layers leave it; states must be passed on unchanged"
             )
 
 

@@ -1,0 +1,79 @@
+"""Models that keep their recurrent state in attributes from call to call.
+
+Such an attribute is a state argument in another place: it is found by what a second call of the same copy hands to its
+layers, and set to zeros of the right batch size before every run, so that every run is a fresh start.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from recurd_export.errors import ExportError
+from recurd_export.pytorch import tree
+from recurd_export.pytorch.watch import Run, copy_of, tensors, watch
+
+
+@dataclass(frozen=True)
+class Kept:
+    """An attribute that holds states, as a run left it; every tensor is ``[layers * directions, batch, hidden]``."""
+
+    path: str
+    attribute: str
+    value: Any
+
+    def reset(self, model: nn.Module, batch: Any) -> None:
+        """Put zeros for ``batch`` rows (symbolic too) there."""
+        module = model.get_submodule(self.path)
+        zeros = tree.map_leaves(self.value, lambda t: torch.zeros(t.shape[0], batch, t.shape[2], dtype=t.dtype))
+        if self.attribute in module._buffers:
+            module._buffers[self.attribute] = zeros  # a buffer does not take what may be no tensor while tracing
+        else:
+            setattr(module, self.attribute, zeros)
+
+
+def find_kept(model: nn.Module, args: tuple[Any, ...]) -> tuple[Kept, ...]:
+    """Attributes that carry a layer's state from one call into the next.
+
+    Raises :class:`ExportError` when a state is carried, and not by an attribute.
+    """
+    copied = copy_of(model)
+    first = watch(copied, tree.map_leaves(args, Tensor.clone))
+    before = _attributes(copied)
+    carried = _carried(first, watch(copied, tree.map_leaves(args, Tensor.clone)))
+    if not carried:
+        return ()
+    found = tuple(
+        Kept(path, name, value)
+        for path, name, value in before
+        if (parts := list(tensors(value))) and all(_among(part, carried) for part in parts)
+    )
+    held = [part for kept in found for part in tensors(kept.value)]
+    if not all(_among(state, held) for state in carried):
+        raise ExportError("the model keeps its state from call to call elsewhere than in attributes of its modules")
+    return found
+
+
+def _attributes(model: nn.Module) -> list[tuple[str, str, Any]]:
+    found = []
+    for path, module in model.named_modules():
+        own = {k: v for k, v in vars(module).items() if k not in ("_parameters", "_buffers", "_modules")}
+        for name, value in (own | module._buffers).items():
+            found.append((path, name, tree.map_leaves(value, lambda t: t.detach().clone())))
+    return found
+
+
+def _carried(first: Run, second: Run) -> list[Tensor]:
+    """States the second call started from that are those the first call left."""
+    left = {call.key: call.left for call in first.calls}
+    return [
+        given
+        for call in second.calls
+        for given, before in zip(call.given or (), left.get(call.key, ()), strict=False)
+        if given.shape == before.shape and torch.equal(given, before)
+    ]
+
+
+def _among(tensor: Tensor, others: list[Tensor]) -> bool:
+    return any(tensor.shape == other.shape and torch.equal(tensor, other) for other in others)
