@@ -1,0 +1,236 @@
+"""``recurd stream`` as a process, as a user runs it, and its readers and writers of rows by themselves."""
+
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+from recurd.cli.rows import InputError, PredictionWriter, reader
+from recurd.signature import Head, Signature
+
+
+def signature(**changes: Any) -> Signature:
+    input = {"dtype": "float32", "shape": [2], "features": ["flow", "temp"]} | changes
+    return Signature({"input": input, "heads": [{"name": "y", "shape": [1]}]})
+
+
+def read_all(format: Any, *lines: str, header: bool = True, ignore_extra: bool = False, **changes: Any) -> list[Any]:
+    rows = reader(format, signature(**changes), header=header, ignore_extra=ignore_extra)
+    return [row for row in map(rows.read, lines) if row is not None]
+
+
+# --- rows in ---
+
+
+def test_columns_are_put_into_the_models_order_by_name() -> None:
+    assert read_all("csv", "temp,flow\r\n", "1,2\r\n", "", ' "3", 4.5e0 ') == [[2, 1], [4.5, 3]]
+
+
+def test_rows_without_names_are_taken_in_the_models_order() -> None:
+    assert read_all("csv", "1,2", header=False) == [[1, 2]]
+    assert read_all("csv", "a,b", "1,2", features=[]) == [[1, 2]]
+
+
+def test_extra_columns_are_left_out_on_demand() -> None:
+    assert read_all("csv", "time,temp,flow", "noon,1,2", ignore_extra=True) == [[2, 1]]
+    assert read_all("jsonl", '{"flow": 1, "temp": 2, "x": null}', ignore_extra=True) == [[1, 2]]
+
+
+def test_json_rows_are_objects_arrays_or_numbers() -> None:
+    assert read_all("jsonl", '{"temp": 1, "flow": 2}', "", "[3, 4.5]", "[[5], [6]]") == [[2, 1], [3, 4.5], [5, 6]]
+    assert read_all("jsonl", "7", dtype="int64", shape=[], features=[], classes=8) == [[7]]
+
+
+@pytest.mark.parametrize(
+    ("format", "lines", "sentence"),
+    [
+        ("csv", ["flow,heat"], "line 1: the columns are not the model's features: missing: 'temp'; unexpected: 'heat'"),
+        ("csv", ["flow,temp,x"], "unexpected: 'x' (--ignore-extra leaves them out)"),
+        ("csv", ["flow,temp,flow"], "line 1: a column stands twice: 'flow'"),
+        ("csv", ["1,2"], "line 1: the first row holds numbers, not the columns' names (--no-header"),
+        ("csv", ["flow,temp", "1,2", "1"], "line 3: 1 values, 2 expected"),
+        ("csv", ["flow,temp", "", "1,two"], "line 3: 'two' is not a finite number (column 'temp')"),
+        ("csv", ["temp,flow", "nan,1"], "line 2: nan is not a finite number (column 'temp')"),
+        ("csv", ["flow,temp", ",1"], "line 2: '' is not a finite number (column 'flow')"),
+        ("csv", ["flow,temp", '"1,2'], "line 2: not CSV"),
+        ("jsonl", ["[1, 2"], "line 1: not JSON"),
+        ("jsonl", ["[1, 2]", "[1, null]"], "line 2: None is not a finite number (column 'temp')"),
+        ("jsonl", ["[1, 1" + "0" * 400 + "]"], "is not a finite number (column 'temp')"),
+        ("jsonl", ["[1, true]"], "line 1: True is not a finite number"),
+        ("jsonl", ["[1, 2, 3]"], "line 1: 3 values, the model takes 2"),
+        ("jsonl", ['{"flow": 1}'], "line 1: the columns are not the model's features: missing: 'temp'"),
+    ],
+)
+def test_a_bad_row_is_named_with_its_line(format: Any, lines: list[str], sentence: str) -> None:
+    with pytest.raises(InputError) as error:
+        read_all(format, *lines)
+    assert sentence in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [("1.5", "is not a whole number"), ("8", "8 is not in [0, 8)"), ("-1", "-1 is not in [0, 8)")],
+)
+def test_token_ids_are_held_against_the_vocabulary(line: str, sentence: str) -> None:
+    tokens = {"dtype": "int64", "shape": [], "features": [], "classes": 8}
+    for format in ("csv", "jsonl"):
+        with pytest.raises(InputError) as error:
+            read_all(format, line, header=False, **tokens)
+        assert sentence in str(error.value)
+
+
+# --- predictions out ---
+
+
+def test_csv_columns_are_named_by_labels_and_heads() -> None:
+    labelled = Head(name="class", shape=(2,), labels=("ok", "not, ok"))
+    plain = Head(name="level", shape=(1,))
+    wide = Head(name="wide", shape=(2, 2))
+    assert PredictionWriter("csv", (labelled,)).header() == 'ok,"not, ok"\n'
+    assert PredictionWriter("csv", (labelled, plain)).header() == 'class.ok,"class.not, ok",level\n'
+    assert PredictionWriter("csv", (wide,)).header() == "wide.0,wide.1,wide.2,wide.3\n"
+
+
+def test_numbers_are_written_with_the_shortest_digits_that_give_them_again() -> None:
+    y = np.array([[0.1], [1e-8]], np.float32)
+    head = Head(name="y", shape=(1,))
+    assert PredictionWriter("csv", (head,)).lines(y) == "0.1\n1e-08\n"
+    assert PredictionWriter("jsonl", (head,)).lines(y) == '{"y":0.1}\n{"y":1e-8}\n'
+    many = np.random.default_rng(0).standard_normal((100, 1)).astype(np.float32)
+    lines = PredictionWriter("jsonl", (head,)).lines(many).splitlines()
+    assert [np.float32(msgspec.json.decode(line)["y"]) for line in lines] == many.ravel().tolist()
+
+
+def test_a_head_of_the_last_step_stands_in_a_chunks_last_line() -> None:
+    heads = (Head(name="a", shape=(1,)), Head(name="b", shape=(2,), per="last"))
+    result = {"a": np.array([[1], [2]], np.float32), "b": np.array([3, 4], np.float32)}
+    assert PredictionWriter("csv", heads).lines(result) == "1.0,,\n2.0,3.0,4.0\n"
+    assert PredictionWriter("jsonl", heads).lines(result) == '{"a":1.0}\n{"a":2.0,"b":[3.0,4.0]}\n'
+    assert PredictionWriter("csv", heads[1:]).lines(result["b"]) == "3.0,4.0\n"
+
+
+# --- the command ---
+
+
+def command(daemon: Any, name: str, *arguments: str, model: str = "sum") -> list[str]:
+    line = [sys.executable, "-W", "error", "-m", "recurd", "stream", "--endpoint", daemon.endpoint]
+    return [*line, "--model", model, "--stream", name, *arguments]
+
+
+def run(command: list[str], text: str = "") -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(command, input=text, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_predictions_come_for_every_row_and_the_state_goes_on(daemon: Any, tmp_path: Path) -> None:
+    first = run(command(daemon, "cli"), "flow\n" + "1\n" * 200)
+    assert (first.stderr, first.returncode) == ("", 0)
+    assert first.stdout == "sum\n" + "".join(f"{n}.0\n" for n in range(1, 201))
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"flow": 1}\n[2]\n3')
+    second = run(command(daemon, "cli", str(rows)))
+    assert second.stdout == '{"total":201.0}\n{"total":203.0}\n{"total":206.0}\n'
+    third = run(command(daemon, "cli", "--reset", "--no-header", "--chunk-steps", "1"), "1\n1\n")
+    assert third.stdout == "1.0\n2.0\n"
+
+
+def test_models_that_depend_on_where_a_chunk_ends_get_exact_chunks(daemon: Any) -> None:
+    result = run(command(daemon, "exact", "--chunk-steps", "2", "--output", "jsonl", model="two"), "flow\n1\n1\n1\n")
+    assert result.stdout == '{"total":1.0}\n{"total":2.0,"last":2.0}\n{"total":3.0,"last":3.0}\n'
+
+
+def test_a_slow_source_gets_its_predictions_at_once(daemon: Any) -> None:
+    process = subprocess.Popen(command(daemon, "slow"), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    with process:
+        process.stdin.write("flow\n")
+        assert process.stdout.readline() == "sum\n"
+        for total in range(1, 20):
+            process.stdin.write("1\n")
+            process.stdin.flush()
+            assert process.stdout.readline() == f"{total}.0\n"
+        process.stdin.write("1")  # the last line feed is missing
+        process.stdin.close()
+        assert process.stdout.read() == "20.0\n"
+    assert process.returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text", "code", "sentence"),
+    [
+        ([], "flow\n1\nx\n", 65, "line 3: 'x' is not a finite number (column 'flow')"),
+        ([], "heat\n1\n", 65, "missing: 'flow'; unexpected: 'heat'"),
+        (["--endpoint", "tcp://127.0.0.1:9", "--timeout", "0.2"], "", 69, "no daemon answered at tcp://127.0.0.1:9"),
+        (["--endpoint", "nowhere"], "", 1, "'nowhere' cannot be connected to"),
+        (["--model", "nope"], "", 1, "unknown_model: there is no model 'nope', only sum, two"),
+        (["--format", "xml"], "", 2, "xml"),
+        (["no such file.csv"], "", 2, "does not exist"),
+    ],
+)
+def test_errors_are_a_sentence_and_an_exit_code(
+    daemon: Any, arguments: list[str], text: str, code: int, sentence: str
+) -> None:
+    result = run(command(daemon, "cli errors", *arguments), text)
+    assert sentence in result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.returncode == code
+
+
+def test_a_refused_chunk_names_its_lines(daemon: Any) -> None:
+    result = run(command(daemon, "overflow", "--chunk-steps", "2"), "flow\n1\n1\n1\n1e300\n")
+    assert "lines 4 to 5 were refused: not_finite" in result.stderr
+    assert (result.stdout, result.returncode) == ("sum\n1.0\n2.0\n", 1)
+
+
+@pytest.fixture
+def running(daemon: Any) -> "Iterator[subprocess.Popen[str]]":
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command(daemon, "running", "--reset"), text=True, **pipes) as process:  # type: ignore[call-overload]
+        process.stdin.write("flow\n1\n")
+        process.stdin.flush()
+        assert [process.stdout.readline() for _ in range(2)] == ["sum\n", "1.0\n"]
+        yield process
+        process.kill()
+
+
+def test_ctrl_c_is_clean(running: Any) -> None:
+    running.send_signal(signal.SIGINT)
+    assert running.wait(20) == 130
+    assert running.stderr.read() == ""
+
+
+def test_a_reader_that_has_seen_enough_ends_it(running: Any) -> None:
+    running.stdout.close()  # what "head" does; no further row comes
+    assert running.wait(20) == 0
+    assert running.stderr.read() == ""
+
+
+def test_a_file_on_a_terminal_shows_progress_beside_the_predictions(daemon: Any, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.csv"
+    rows.write_text("flow\n" + "1\n" * 20_000)
+    predictions = tmp_path / "predictions.csv"
+    terminal, other = pty.openpty()
+    with predictions.open("wb") as stdout:
+        process = subprocess.Popen(
+            command(daemon, "bar", str(rows)), stdout=stdout, stderr=other, env={**os.environ, "TERM": "xterm"}
+        )
+    os.close(other)
+    shown = b""
+    while select.select([terminal], [], [], 20)[0]:
+        try:
+            shown += os.read(terminal, 65536)
+        except OSError:  # the other end is closed
+            break
+    os.close(terminal)
+    assert process.wait(20) == 0
+    assert b"rows.csv" in shown
+    assert predictions.read_text().endswith("\n20000.0\n")
