@@ -28,7 +28,7 @@ from recurd.lifecycle import Identity, Lifecycle
 from recurd.peers import Outbox, Peer, Peers
 from recurd.scheduler import Tick, assemble
 from recurd.stats import ModelStats, Stats
-from recurd.streams import NO_SLOT, Answer, Chunk, Stream, Streams
+from recurd.streams import NO_SLOT, Chunk, Stream, Streams
 
 if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
@@ -94,17 +94,21 @@ class Engine:
             header, payload = wire.decode(frame)
             if not peer.greeted and header.type != wire.Type.HELLO:
                 raise Refused(Code.HELLO_REQUIRED, "say HELLO first")
-            records = wire.decode_multi(header, payload) if header.type == wire.Type.MULTI else ((header, payload),)
+            if header.type != wire.Type.MULTI:
+                self._handle(header, payload, peer, now, is_finite=False)
+                return
+            records = wire.decode_multi(header, payload)
         except Refused as refusal:
             self._outbox.send_error(peer, header, refusal)
             return
+        is_finite = wire.multi_is_finite(header, payload)
         for record_header, record_payload in records:
-            self._handle(record_header, record_payload, peer, now)
+            self._handle(record_header, record_payload, peer, now, is_finite)
 
-    def _handle(self, header: wire.Header, payload: wire.Buffer, peer: Peer, now: float) -> None:
+    def _handle(self, header: wire.Header, payload: wire.Buffer, peer: Peer, now: float, is_finite: bool) -> None:
         try:
             if header.type == wire.Type.CHUNK:
-                self._on_chunk(header, payload, peer, now)
+                self._on_chunk(header, payload, peer, now, is_finite)
             else:
                 self._on_other(header, payload, peer, now)
         except (Refused, Broken) as error:
@@ -130,13 +134,13 @@ class Engine:
         else:
             raise Refused(Code.UNKNOWN_TYPE, f"message type {header.type} is not known here")
 
-    def _on_chunk(self, header: wire.Header, payload: wire.Buffer, peer: Peer, now: float) -> None:
+    def _on_chunk(self, header: wire.Header, payload: wire.Buffer, peer: Peer, now: float, is_finite: bool) -> None:
         stream = self._admit(header, peer, now)
         if stream is None:
             return
         lane = stream.lane
         lane.stats.chunks_received += 1
-        chunk = Chunk(header.seq, header.generation, now, header.steps, lane.read(header, payload))
+        chunk = Chunk(header.seq, header.generation, now, header.steps, lane.read(header, payload, is_finite))
         lane.enter(chunk)
         stream.accepted = header.seq
         stream.queue.append(chunk)
@@ -254,7 +258,7 @@ class Engine:
         del stream.queue[0]
         stream.lane.leave(1, chunk.data.nbytes)
         stream.answered = chunk.seq
-        stream.answers.append(Answer(chunk.seq, chunk.generation, record))
+        stream.answers.append((chunk.seq, chunk.generation, record))
         if stream.peer is not None:
             self._outbox.send(stream.peer, record)
 

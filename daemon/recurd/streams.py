@@ -7,7 +7,7 @@ time-out or failure. How it ended is remembered for a while, so that a late reco
 import heapq
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -46,12 +46,8 @@ class Chunk:
         self.outputs: tuple[list[bytes], ...] = ()
 
 
-class Answer(NamedTuple):
-    """A retained answer: what a duplicate of record ``seq`` gets again."""
-
-    seq: int
-    generation: int
-    record: wire.Record
+#: A retained answer, what a duplicate of a record gets again: seq, generation and the answer itself.
+Answer = tuple[int, int, wire.Record]
 
 
 class Stream:
@@ -116,7 +112,7 @@ class Stream:
         if ack > self.acked:
             self.acked = min(ack, self.answered)
             answers = self.answers
-            while answers and answers[0].seq <= self.acked:
+            while answers and answers[0][0] <= self.acked:
                 del answers[0]
 
     def is_next(self, header: wire.Header, credit: int) -> bool:
@@ -151,11 +147,10 @@ class Stream:
         """The answer for a duplicate, or ``None`` when its one answer is still to come."""
         if header.seq > self.answered:
             return None
-        for answer in self.answers:
-            if answer.seq == header.seq:
-                if answer.generation != header.generation and header.type == wire.Type.CHUNK:
+        for seq, generation, (first, payload) in self.answers:
+            if seq == header.seq:
+                if generation != header.generation and header.type == wire.Type.CHUNK:
                     raise self._stale(header)
-                first, payload = answer.record
                 flags = first[4] | wire.Flag.DUPLICATE
                 return first[:4] + bytes((flags,)) + first[5:], payload
         kind = wire.Type.RESULT if header.type == wire.Type.CHUNK else wire.Type.DONE

@@ -28,6 +28,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 
 from recurd.errors import Code, Refused
 
@@ -235,6 +236,18 @@ def decode_multi(header: Header, payload: memoryview) -> list[tuple[Header, memo
         records.append((Header._make(fields_of_one), payload[start:end]))
         start = end
     return records
+
+
+def all_finite(values: npt.NDArray[Any]) -> bool:
+    """Whether a flat array holds no NaN or infinity."""
+    # Looking for a zero byte takes half the time of all() on the short arrays that chunks are.
+    return b"\0" not in np.isfinite(values).tobytes()
+
+
+def multi_is_finite(header: Header, payload: memoryview) -> bool:
+    """Whether all data of a MULTI, read as float32, is finite (False, too, when it cannot be read so)."""
+    data = payload[header.steps * HEADER_BYTES :]
+    return len(data) % 4 == 0 and all_finite(np.frombuffer(data, NUMPY_TYPES[Dtype.FLOAT32]))
 
 
 def decode_body(payload: Buffer, type: type[Body]) -> Body:
