@@ -55,7 +55,7 @@ class Tick(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     rows: Count = 64
     steps: Count = 64
     padding_ratio: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.25
-    receive_frames: Count = 256
+    receive_records: Count = 1024
 
 
 class Timeouts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -80,8 +80,11 @@ class Engine:
 
     # --- frames in ---
 
-    def receive(self, frame: wire.Buffer, routing_id: bytes, now: float, tenant: str = "local") -> None:
-        """Take one frame from the connection ``routing_id``. Whatever it holds, it is answered and never raises."""
+    def receive(self, frame: wire.Buffer, routing_id: bytes, now: float, tenant: str = "local") -> int:
+        """Take one frame from the connection ``routing_id``; the number of records in it.
+
+        Whatever the frame holds, it is answered, and nothing is raised.
+        """
         self._stats.frames_received += 1
         self._stats.bytes_received += len(frame)
         peer = self._peers.get(routing_id)
@@ -94,16 +97,16 @@ class Engine:
             header, payload = wire.decode(frame)
             if not peer.greeted and header.type != wire.Type.HELLO:
                 raise Refused(Code.HELLO_REQUIRED, "say HELLO first")
-            if header.type != wire.Type.MULTI:
-                self._handle(header, payload, peer, now, is_finite=False)
-                return
-            records = wire.decode_multi(header, payload)
+            is_multi = header.type == wire.Type.MULTI
+            records = wire.decode_multi(header, payload) if is_multi else [(header, payload)]
         except Refused as refusal:
             self._outbox.send_error(peer, header, refusal)
-            return
-        is_finite = wire.multi_is_finite(header, payload)
+            return 1
+        # The data of a MULTI is looked at once, as a whole.
+        is_finite = is_multi and wire.multi_is_finite(header, payload)
         for record_header, record_payload in records:
             self._handle(record_header, record_payload, peer, now, is_finite)
+        return len(records)
 
     def _handle(self, header: wire.Header, payload: wire.Buffer, peer: Peer, now: float, is_finite: bool) -> None:
         try:

@@ -96,13 +96,13 @@ class Model:
     """A model ready to run ticks. Owns its session, its arenas and the contents of its rows, not who has which slot."""
 
     def __init__(self, model: onnx.ModelProto, contract: Contract, *, device: str, slots: int, threads: int) -> None:
-        """Build the session and the arenas (``slots`` rows and one more, the scratch slot, for padding rows)."""
+        """Build the session and the arenas, ``slots`` rows each."""
         self.contract = contract
         self.device = device
         self.slots = slots
         self._threads = threads
         self._scatter: graph.Scatter = "rows" if device == "cpu" else "elements"
-        self._arenas = [(arena, self._allocate(arena, slots + 1)) for arena in graph.arenas(contract)]
+        self._arenas = [(arena, self._allocate(arena, slots)) for arena in graph.arenas(contract)]
         self._session = self._make_session(graph.wrap(model, contract, self._scatter))
         self._check_placement()
         self._binding = self._session.io_binding()
@@ -129,14 +129,9 @@ class Model:
             raise ContractError(f"{path}: the runtime does not take it: {_first_line(error)}") from error
 
     @property
-    def scratch_slot(self) -> int:
-        """The slot that belongs to no stream."""
-        return self.slots
-
-    @property
     def state_bytes(self) -> int:
         """Bytes all arenas take on the device."""
-        return sum((self.slots + 1) * arena.width * np.dtype(arena.dtype).itemsize for arena, _ in self._arenas)
+        return sum(self.slots * arena.width * np.dtype(arena.dtype).itemsize for arena, _ in self._arenas)
 
     def run(self, slots: Array, fresh: Array, lengths: Array, input: Array) -> list[Array]:
         """One tick: advance the state of every slot by its row's steps, in place.
@@ -188,8 +183,8 @@ class Model:
     def _check_rows(self, slots: Array, lengths: Array, input: Array) -> None:
         # The runtime aborts the process on zero rows, erases the state of a row of length zero, and on CUDA writes a
         # slot out of range into somebody else's.
-        if not (len(slots) and slots.min() >= 0 and slots.max() <= self.slots):
-            raise ValueError(f"a tick needs rows with slots in [0, {self.slots}]")
+        if not (len(slots) and slots.min() >= 0 and slots.max() < self.slots):
+            raise ValueError(f"a tick needs rows with slots in [0, {self.slots})")
         if not (lengths.min() >= 1 and lengths.max() <= input.shape[1]):
             raise ValueError(f"a tick's lengths must lie in [1, {input.shape[1]}]")
 

@@ -128,13 +128,14 @@ class Server:
     def _receive(self) -> None:
         """Feed the engine what has come, up to a bound, so that ticks and answers are never far away."""
         receive, now = self._engine.receive, time.monotonic()
-        for _ in range(self._config.tick.receive_frames):
+        room = self._config.tick.receive_records
+        while room > 0:
             try:
                 routing_id, *frames = self._socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return
             # Anything but exactly one frame is no message of ours; an empty one is refused as such.
-            receive(frames[0] if len(frames) == 1 else b"", routing_id, now)
+            room -= receive(frames[0] if len(frames) == 1 else b"", routing_id, now)
 
     def _run_tick(self) -> None:
         tick = self._engine.take_tick(time.monotonic())

@@ -34,6 +34,8 @@ from recurd.errors import Code, Refused
 
 MAGIC = b"RC"
 VERSION = 1
+#: Records in a MULTI, at most: what one frame can make the other side do before it looks up again.
+MAX_RECORDS = 1024
 
 Body = TypeVar("Body")
 Buffer = bytes | memoryview
@@ -78,6 +80,10 @@ class Type(IntEnum):
     CLOSED = 0x86
     PONG = 0x88
     ERROR = 0x8F
+
+
+#: By type: whether it may stand in a MULTI.
+_JOINABLE = np.isin(np.arange(256), (Type.CHUNK, Type.RESET, Type.RESULT, Type.DONE, Type.ERROR))
 
 
 class Flag(IntFlag):
@@ -177,12 +183,12 @@ def multi(records: list[Record]) -> bytes:
 
 
 def multi_frames(records: Iterable[Record], max_bytes: int) -> Iterator[bytes]:
-    """Many records as MULTI frames of at most ``max_bytes`` each (a single larger record goes alone)."""
+    """Many records as MULTI frames of at most ``max_bytes`` and MAX_RECORDS each (a larger record goes alone)."""
     batch: list[Record] = []
     size = HEADER_BYTES
     for record in records:
         more = HEADER_BYTES + len(record[1])
-        if batch and size + more > max_bytes:
+        if batch and (size + more > max_bytes or len(batch) == MAX_RECORDS):
             yield multi(batch)
             batch, size = [], HEADER_BYTES
         batch.append(record)
@@ -218,6 +224,8 @@ def decode_multi(header: Header, payload: memoryview) -> list[tuple[Header, memo
     All headers are checked at once, as arrays; the whole frame is refused (:class:`Refused`, ``bad_frame`` or
     ``bad_version``) when one of them lies, since nothing after a wrong size could be trusted.
     """
+    if header.steps > MAX_RECORDS:
+        raise Refused(Code.BAD_FRAME, f"a MULTI has at most {MAX_RECORDS} records, this one {header.steps}")
     end_of_headers = header.steps * HEADER_BYTES
     if not 0 < end_of_headers <= len(payload):
         raise Refused(Code.BAD_FRAME, f"a MULTI of {header.steps} records does not fit in {len(payload)} bytes")
@@ -227,6 +235,9 @@ def decode_multi(header: Header, payload: memoryview) -> list[tuple[Header, memo
         raise Refused(Code.BAD_FRAME, "a record of the MULTI has the wrong magic")
     if (fields["version"] != VERSION).any():
         raise Refused(Code.BAD_VERSION, f"a record of the MULTI has a version other than {VERSION}")
+    if not _JOINABLE[fields["type"]].all():
+        # A HELLO is answered with kilobytes: a frame of nothing else would fill the memory.
+        raise Refused(Code.BAD_FRAME, "a record of the MULTI has a type that is not joined")
     ends = np.cumsum(fields["size"], dtype=np.uint64) + end_of_headers
     if ends[-1] != len(payload):
         raise Refused(Code.BAD_FRAME, "the sizes of the MULTI's records do not add up to its payload")
@@ -254,7 +265,7 @@ def decode_body(payload: Buffer, type: type[Body]) -> Body:
     """A JSON body as a struct; unknown keys are tolerated. Raises :class:`Refused` (``bad_request``)."""
     try:
         return msgspec.json.decode(payload, type=type)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise Refused(Code.BAD_REQUEST, f"the JSON body cannot be read: {error}") from error
 
 
