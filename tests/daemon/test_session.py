@@ -7,13 +7,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import structlog.testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recurd import wire
+from recurd import config, wire
+from recurd.contract import Contract, Head, Input, Source, State
+from recurd.engine import Engine
 from recurd.errors import Broken, Code, RecurdError, Refused
+from recurd.lifecycle import Identity
 from recurd.session import Limits, Session
 from recurd.signature import Payload
+from recurd.stats import Stats
 from recurd.writer import Record, Writer
 
 CONTRACT = {
@@ -44,6 +49,7 @@ class Reference:
 
     def __init__(self, start: int, credit: int = 4) -> None:
         self.epoch = start
+        self.now = 0.0
         self.credit = credit
         self.busy = False
         self.refuse_opens: Code | None = None
@@ -191,16 +197,62 @@ class Reference:
             self.say(life.peer, life.answers[header.seq])
 
 
+class Real:
+    """The daemon's own engine behind the same face, with arrays for a model."""
+
+    def __init__(self, start: int, credit: int = 4) -> None:
+        limits = config.Limits(stream_credit=credit, queued_chunks=6, busy_retry_seconds=0.5, chunk_steps=100)
+        contract = Contract(
+            name="sum",
+            input=Input(dtype="float32", shape=(1,)),
+            heads=(Head(name="total", dtype="float32", shape=(1,)),),
+            states=(State(name="h", output="h.next", dtype="float32", shape=(1,), batch_axis=0),),
+            source=Source(framework="none"),
+            weights_sha256="",
+        )
+        self.log = structlog.testing.CapturingLogger()
+        self.epoch = start
+        self.now = 0.0
+        self.busy = False  # the engine is busy by itself, when six chunks wait
+        self.engine = Engine(
+            config.Config(limits=limits),
+            {"sum": (contract, 8)},
+            identity=Identity(bytes([start] * 8), {}),
+            stats=Stats(),
+            log=self.log,
+        )
+        self.totals = np.zeros((9, 1), np.float32)
+        self.replies: list[tuple[int, bytes]] = []
+
+    def receive(self, frame: bytes, peer: int) -> None:
+        self.engine.receive(frame, bytes([peer % 256, peer // 256]), self.now)
+        self.collect()
+
+    def collect(self) -> None:
+        assert not [call for call in self.log.calls if call.method_name in ("exception", "error")]
+        self.replies += [(peer[0] + 256 * peer[1], frame) for peer, frame in self.engine.replies_to_send()]
+
+    def work(self) -> bool:
+        tick = self.engine.take_tick(self.now)
+        if tick is not None:
+            self.totals[tick.slots[tick.fresh]] = 0
+            sums = self.totals[tick.slots][:, None, :] + np.cumsum(tick.input, axis=1)
+            self.totals[tick.slots] = sums[np.arange(len(tick.lengths)), tick.lengths - 1]
+            self.engine.complete(tick, [sums], self.now)
+            self.collect()
+        return tick is not None
+
+
 # --- the two together ---
 
 
 class Pair:
     """A session and a daemon with the network between them in our hands; ``outcomes`` has every answer by its token."""
 
-    def __init__(self, credit: int = 4) -> None:
+    def __init__(self, credit: int = 4, kind: type[Any] = Reference) -> None:
         self.now = 0.0
         self.credit = credit
-        self.daemon = Reference(start=1, credit=credit)
+        self.daemon = kind(start=1, credit=credit)
         self.session = Session("welcome", self.now, Limits())
         self.outcomes: dict[str, Any] = {}
         self.peer = 0
@@ -271,12 +323,13 @@ class Pair:
         self.exchange()
 
     def restart_daemon(self) -> None:
-        self.daemon = Reference(self.daemon.epoch + 1, self.credit)
+        self.daemon = type(self.daemon)(self.daemon.epoch + 1, self.credit)
         self.late = []
         self.disconnect()
 
     def pass_time(self, seconds: float) -> None:
         self.now += seconds
+        self.daemon.now = self.now
         self.turn()
 
     def exchange(self) -> None:
@@ -788,12 +841,13 @@ class Course:
                     assert value is None or outcome.ravel().tolist() == [total]
 
 
-@settings(max_examples=400, deadline=None)
+@pytest.mark.parametrize("kind", [Reference, Real])
+@settings(max_examples=300, deadline=None)
 @given(operations=_COURSES, credit=st.integers(1, 5))
 def test_whatever_happens_each_chunk_runs_once_in_order_and_is_answered_once(
-    operations: list[tuple[Any, ...]], credit: int
+    kind: type[Any], operations: list[tuple[Any, ...]], credit: int
 ) -> None:
-    pair = Pair(credit)
+    pair = Pair(credit, kind)
     course = Course(pair)
     for operation in operations:
         course.do(*operation)
