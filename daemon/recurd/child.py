@@ -1,0 +1,115 @@
+"""A daemon as a child process on loopback: for commands that bring their own (``recurd bench``)."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Iterator, Sequence
+from threading import Thread
+from types import FrameType
+from typing import IO
+
+import msgspec
+
+from recurd.errors import StartError
+
+#: Longer than the daemon's own limit for finishing what it accepted.
+_STOP_SECONDS = 15.0
+_KEPT_LINES = 20
+
+
+class Child:
+    """A running daemon. ``endpoint`` is the address it bound, ``exit_code`` how it ended."""
+
+    def __init__(self, process: subprocess.Popen[str], endpoint: str) -> None:
+        self._process = process
+        self.endpoint = endpoint
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._process.pid
+
+    @property
+    def exit_code(self) -> int | None:
+        """Its exit status; ``None`` while it runs."""
+        return self._process.poll()
+
+    def cpu_seconds(self) -> float | None:
+        """CPU time it has used so far, of all its threads; ``None`` where the system does not tell."""
+        try:
+            with open(f"/proc/{self.pid}/stat") as file:
+                fields = file.read().rpartition(")")[2].split()
+        except OSError:
+            return None
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+class _Line(msgspec.Struct):
+    """What is looked for in the daemon's log."""
+
+    event: str = ""
+    bind: str = ""
+
+
+@contextlib.contextmanager
+def serving(arguments: Sequence[str]) -> Iterator[Child]:
+    """``recurd serve`` with these arguments on a free loopback port, ready when this returns, stopped at the end.
+
+    SIGTERM to this process becomes a KeyboardInterrupt meanwhile, so that the child is stopped in any case. Raises
+    :class:`StartError` with the child's own sentence and exit code when it does not start.
+    """
+    command = [sys.executable, "-m", "recurd", "serve", *arguments, "--bind", "tcp://127.0.0.1:*", "--metrics", ""]
+    command += ["--log-format", "json", "--log-level", "info"]
+    environ = {key: value for key, value in os.environ.items() if key not in ("NOTIFY_SOCKET", "JOURNAL_STREAM")}
+    # In a process group of its own, so that Ctrl-C reaches it through us, after the streams are closed.
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environ, process_group=0)
+    assert process.stderr is not None
+    lines: deque[str] = deque(maxlen=_KEPT_LINES)
+    with process.stderr as stderr, _termination_as_interrupt():
+        try:
+            endpoint = _await_ready(process, stderr, lines)
+            # Read on, or a talkative daemon would block on its full pipe.
+            reader = Thread(target=lines.extend, args=(stderr,), daemon=True)
+            reader.start()
+            yield Child(process, endpoint)
+        finally:
+            _stop(process)
+        reader.join(_STOP_SECONDS)
+
+
+def _await_ready(process: subprocess.Popen[str], stderr: IO[str], lines: deque[str]) -> str:
+    for line in stderr:
+        lines.append(line.strip())
+        with contextlib.suppress(msgspec.DecodeError):
+            found = msgspec.json.decode(line, type=_Line)
+            if found.event == "ready":
+                return found.bind
+    code = process.wait()
+    said = next((line.removeprefix("recurd: ") for line in reversed(lines) if line.startswith("recurd: ")), None)
+    error = StartError(said or "\n".join([f"the daemon did not start, it ended with status {code}", *lines]))
+    error.exit_code = code  # type: ignore[assignment]  # an instance's, the child's own
+    raise error
+
+
+def _stop(process: subprocess.Popen[str]) -> None:
+    process.terminate()
+    try:
+        process.wait(_STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+@contextlib.contextmanager
+def _termination_as_interrupt() -> Iterator[None]:
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    former = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, former)
