@@ -1,8 +1,8 @@
 """From a trained torch module to a proven contract file: read this first.
 
-Look at the model (``layout``), make its states explicit and trace it (``hoist``, ``rewrite``), make sure it works step
-by step (``steps``), convert it to ONNX (``convert``), hold the file against the model (``recurd.verify`` with
-``reference``), give it its final name (``publish``).
+Look at the model (``layout``), make its states explicit (``hoist``), trace it (``trace``, ``rewrite``), make sure it
+works step by step (``steps``), convert it to ONNX (``convert``), hold the file against the model (``recurd.verify``
+with ``reference``), give it its final name (``publish``).
 """
 
 import itertools
@@ -42,7 +42,7 @@ from recurd.verify import (
 )
 from recurd_export.errors import ExportError
 from recurd_export.publish import unpublished
-from recurd_export.pytorch import convert, hoist, layout, rewrite, steps
+from recurd_export.pytorch import convert, hoist, layout, rewrite, steps, trace
 from recurd_export.pytorch.layout import Layout, Recurrence
 from recurd_export.pytorch.outputs import HeadLayout
 from recurd_export.pytorch.reference import Reference, returns_state_arguments
@@ -76,6 +76,8 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
 def export(model: nn.Module, example: Any, path: Path, facts: Facts, progress: Progress) -> Report:
     """The whole way. Raises :class:`ExportError`; then nothing is left at ``path`` (or what was there before)."""
     started = time.monotonic()
+    if not facts.name:
+        raise ExportError("the model's name is empty")
     model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         progress(STAGES[0])
@@ -83,7 +85,7 @@ def export(model: nn.Module, example: Any, path: Path, facts: Facts, progress: P
         progress(STAGES[1])
         hoisted = hoist.Hoisted(model, found)
         with convert.quiet():
-            program = hoist.trace(hoisted)
+            program = trace.trace(model, hoisted)
         progress(STAGES[2])
         rewrite.settle(program)
         steps.check(program, found)
@@ -121,6 +123,10 @@ def _convert(program: torch.export.ExportedProgram, contract: Contract) -> onnx.
 
 def _describe_model(model: nn.Module, found: Layout, program: torch.export.ExportedProgram, facts: Facts) -> Contract:
     """The contract, as yet without hash and proof."""
+    names = [head.name for head in found.heads]
+    for name in facts.labels:
+        if name not in names:
+            raise ExportError(f"labels are given for '{name}', but the heads are {', '.join(names)}")
     outputs: Any = program.graph_module.graph.output_node().args[0]
     values = [node.meta["val"] for node in outputs[: len(found.heads)]]
     return Contract(

@@ -1,7 +1,9 @@
 """Shared by the exporter's tests: one thread, a seed, and a plain onnxruntime client of contract files."""
 
+import base64
+import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,8 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
-def _seeded() -> Iterator[None]:
+def _seeded() -> None:
     torch.manual_seed(20)
-    yield
 
 
 class PlainRun:
@@ -39,8 +40,6 @@ class PlainRun:
         for state in self.contract["states"]:
             value = np.zeros(state["shape"], state["dtype"])
             if state["initial"] is not None:
-                import base64
-
                 data = base64.b64decode(state["initial"]["data"])
                 value = np.frombuffer(data, state["initial"]["dtype"]).reshape(state["shape"])
             states[state["name"]] = np.stack([value] * rows, axis=state["batch_axis"])
@@ -62,7 +61,7 @@ class PlainRun:
         states = self.initial(len(x))
         parts: list[dict[str, np.ndarray]] = []
         edges = [0, *cuts, x.shape[1]]
-        for start, stop in zip(edges, edges[1:], strict=False):
+        for start, stop in itertools.pairwise(edges):
             heads, states = self.run(np.ascontiguousarray(x[:, start:stop]), states)
             parts.append(heads)
         joined = {

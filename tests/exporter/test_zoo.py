@@ -248,6 +248,69 @@ class Kept(nn.Module):
         return y
 
 
+class KeptByHand(nn.Module):
+    """Keeps its state in a buffer that a method of its own makes; any other batch size is an error."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = nn.GRU(5, 6, batch_first=True)
+        self.register_buffer("hidden", torch.zeros(1, 2, 6))
+
+    def init_hidden(self, batch: int) -> None:
+        self.hidden = torch.zeros(1, batch, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, h = self.rnn(x, self.hidden)
+        self.hidden.copy_(h)
+        return y
+
+
+class KeptLearned(Kept):
+    """Begins from a learned state, keeps a list of them, one a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.RNN(5, 5, batch_first=True) for _ in range(2)])
+        self.start = nn.Parameter(torch.randn(1, 1, 5))
+        self.state = [None, None]
+
+    def forward(self, x: Tensor) -> Tensor:
+        for number, layer in enumerate(self.layers):
+            h = self.state[number]
+            if h is None or h.size(1) != x.size(0):
+                h = self.start.repeat(1, x.size(0), 1)
+            x, self.state[number] = layer(x, h)
+        return x
+
+
+class Chars(Tokens):
+    """A language model as it is often written: state in an attribute, steps and rows in one axis."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.state: Any = None
+
+    def forward(self, ids: Tensor) -> Tensor:
+        if self.state is None or self.state[0].size(1) != ids.size(1):
+            self.state = (torch.zeros(1, ids.size(1), 6), torch.zeros(1, ids.size(1), 6))
+        y, state = self.rnn(self.embedding(ids), self.state)
+        self.state = tuple(part.detach() for part in state)
+        return F.log_softmax(self.linear(y), dim=-1).view(-1, 11)
+
+
+def _used(model: nn.Module, batch: int = 7) -> nn.Module:
+    """After training, with a state of some other batch left behind."""
+    model(torch.zeros(batch, 3, 5))
+    return model
+
+
+class Logarithm(Plain):
+    """Takes positive numbers only."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.log())
+
+
 Call = Callable[[nn.Module, Tensor], dict[str, Tensor]]
 
 
@@ -355,12 +418,29 @@ ZOO: dict[str, Case] = {
     "residual": Case(Residual, torch.zeros(2, 16, 2, 3), nodes=3),
     "one number a step": Case(Signal, torch.zeros(2, 16)),
     "squeezed": Case(Squeezed, call=lambda m, x: {"output": m(x).reshape(x.shape[:2])}),
-    "keeps its state": Case(Kept, call=lambda m, x: {"output": type(m).forward(_fresh(m), x)}, nodes=2),
+    "keeps its state": Case(Kept, call=lambda m, x: {"output": _forget(m, None)(x)}, nodes=2),
+    "kept its state": Case(lambda: _used(Kept()), call=lambda m, x: {"output": _forget(m, None)(x)}, nodes=2),
+    "keeps its state in a buffer": Case(KeptByHand, call=lambda m, x: {"output": (m.init_hidden(len(x)), m(x))[1]}),
+    "keeps learned states": Case(
+        lambda: _used(KeptLearned()), call=lambda m, x: {"output": _forget(m, [None, None])(x)}, nodes=2
+    ),
+    "a language model": Case(
+        Chars,
+        _ids(16, 2),
+        lambda m, x: {"output": _forget(m, None)(x.transpose(0, 1)).view(x.shape[1], x.shape[0], -1).transpose(0, 1)},
+    ),
+    "weight norm": Case(lambda: _normed(Plain())),
+    "takes positive numbers": Case(Logarithm, torch.rand(2, 16, 5) + 0.1),
 }
 
 
-def _fresh(model: nn.Module) -> nn.Module:
-    model.state = None  # type: ignore[assignment]
+def _forget(model: nn.Module, state: Any) -> nn.Module:
+    model.state = state
+    return model
+
+
+def _normed(model: Plain) -> nn.Module:
+    nn.utils.parametrizations.weight_norm(model.rnn, "weight_hh_l0")
     return model
 
 
@@ -382,7 +462,8 @@ class Exported(NamedTuple):
         shape = (batch, steps, *described["shape"])
         if described["dtype"] == "int64":
             return generator.integers(0, described["classes"], shape)
-        return generator.standard_normal(shape).astype(np.float32)
+        x = generator.standard_normal(shape).astype(np.float32)
+        return np.abs(x) + np.float32(0.1) if isinstance(self.model, Logarithm) else x
 
 
 @pytest.fixture(scope="session")

@@ -50,10 +50,10 @@ class Arguments:
             shape[next(axes)] = x.shape[0]
             return torch.zeros(shape, dtype=x.dtype if x.is_floating_point() else state.dtype)
 
-        return (x.transpose(0, 1) if self.time_major else x, *tree.map_leaves(self.rest, zeros))
+        return (x.transpose(0, 1).contiguous() if self.time_major else x, *tree.map_leaves(self.rest, zeros))
 
     def prepare(self, model: nn.Module, batch: Any) -> None:
-        """Set the states that a copy keeps in attributes to zeros for ``batch`` rows."""
+        """Make the next run of a copy a fresh start, where it keeps states in attributes."""
         for kept in self.kept:
             kept.reset(model, batch)
 

@@ -1,13 +1,10 @@
-"""Makes every hidden state an explicit input and output, and traces the result.
+"""Makes every hidden state an explicit input and output.
 
 In a copy of the model each recurrent module's ``forward`` is replaced by one that calls the operators of
 :mod:`recurd_export.pytorch.ops`, one a layer, takes its state from outside whatever initial state it is handed, and
 leaves its next state there. Nothing else of the module changes, so code that asks for its sizes or weights still works.
 """
 
-import contextlib
-import io
-import re
 from collections import defaultdict
 from collections.abc import Mapping
 from types import MethodType
@@ -15,13 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
-from recurd_export.errors import ExportError
 from recurd_export.pytorch import ops, tree
-from recurd_export.pytorch.arguments import BATCH, STEPS
 from recurd_export.pytorch.layout import Layout, Recurrence
-from recurd_export.pytorch.watch import copy_of, first_line
+from recurd_export.pytorch.watch import copy_of
 
 #: torch's order of gates in ONNX's order.
 _GATES = {"LSTM": (0, 3, 1, 2), "GRU": (1, 0, 2), "RNN_TANH": (0,), "RNN_RELU": (0,)}
@@ -61,6 +55,8 @@ class Hoisted(nn.Module):
         """See the class."""
         self._carried = Carried(lengths, dict(zip(self.state_names, states, strict=True)))
         batch, steps = input.shape[:2]
+        for rows in (lengths.shape[0], *(state.shape[1] for state in states)):
+            torch._check(rows == batch)  # type: ignore[no-untyped-call]
         arguments = self.layout.arguments
         arguments.prepare(self.model, batch)
         output = self.model(*arguments.with_input(input.clone()))  # a forward may write to its input
@@ -130,41 +126,3 @@ def _reorder(module: nn.RNNBase, weight: Tensor) -> Tensor:
     order = _GATES[module.mode]
     gates = weight.detach().cpu().chunk(len(order))
     return torch.cat([gates[gate] for gate in order])
-
-
-def trace(hoisted: Hoisted) -> torch.export.ExportedProgram:
-    """Trace with batch and time free. Raises :class:`ExportError` with what the model does that cannot be traced."""
-    layout = hoisted.layout
-    batch, time = torch.export.Dim("batch"), torch.export.Dim("time")
-    x = layout.arguments.random(BATCH, STEPS, 0)
-    lengths = torch.full((BATCH,), STEPS, dtype=torch.int32)
-    states = [
-        torch.zeros(r.directions, BATCH, r.hidden) for r in layout.recurrences for _ in range(r.layers * len(r.initial))
-    ]
-    dynamic = {"input": {0: batch, 1: time}, "lengths": {0: batch}, "states": tuple({1: batch} for _ in states)}
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):  # a failed trace prints its graph; the error says what is wrong
-            return torch.export.export(hoisted, (x, lengths, *states), dynamic_shapes=dynamic, strict=False)
-    except ExportError:
-        raise
-    except GuardOnDataDependentSymNode as error:
-        raise ExportError("the model's forward branches on the values of tensors, which a graph cannot") from error
-    except Exception as error:  # torch raises many types, and user code any
-        raise ExportError(_untraceable(error)) from error
-
-
-def _untraceable(error: Exception) -> str:
-    guards = [
-        guard.replace("L['input'].size()[0]", "batch")
-        .replace("L['input'].size()[1]", "steps")
-        .replace("2 <= steps and ", "")
-        .replace(" and steps <= IntInfinity()", "")
-        .strip(" .")
-        for guard in re.findall(r"generated guard (.*)", str(error))
-    ]
-    if guards:
-        return (
-            f"the model's forward must do the same for every batch size and number of steps, but what it does holds for "
-            f"{' and '.join(guards)} only"
-        )
-    return f"the model's forward cannot be traced for any batch size and number of steps: {first_line(error)}"

@@ -1,10 +1,10 @@
 """Models that keep their recurrent state in attributes from call to call.
 
 Such an attribute is a state argument in another place: it is found by what a second call of the same copy hands to its
-layers, and set to zeros of the right batch size before every run, so that every run is a fresh start.
+layers, and reset before every run, so that every run is a fresh start.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from recurd_export.errors import ExportError
 from recurd_export.pytorch import tree
-from recurd_export.pytorch.watch import Run, copy_of, tensors, watch
+from recurd_export.pytorch.watch import ForwardError, Run, copy_of, tensors, watch
 
 
 @dataclass(frozen=True)
@@ -22,11 +22,14 @@ class Kept:
     path: str
     attribute: str
     value: Any
+    #: Whether the model begins anew by itself when the batch size is another one.
+    renewed: bool = False
 
     def reset(self, model: nn.Module, batch: Any) -> None:
-        """Put zeros for ``batch`` rows (symbolic too) there."""
+        """Make the next run, of ``batch`` rows (symbolic too), a fresh start: the model's own, or zeros."""
         module = model.get_submodule(self.path)
-        zeros = tree.map_leaves(self.value, lambda t: torch.zeros(t.shape[0], batch, t.shape[2], dtype=t.dtype))
+        rows = batch + 1 if self.renewed else batch
+        zeros = tree.map_leaves(self.value, lambda t: torch.zeros(t.shape[0], rows, t.shape[2], dtype=t.dtype))
         if self.attribute in module._buffers:
             module._buffers[self.attribute] = zeros  # a buffer does not take what may be no tensor while tracing
         else:
@@ -52,7 +55,19 @@ def find_kept(model: nn.Module, args: tuple[Any, ...]) -> tuple[Kept, ...]:
     held = [part for kept in found for part in tensors(kept.value)]
     if not all(_among(state, held) for state in carried):
         raise ExportError("the model keeps its state from call to call elsewhere than in attributes of its modules")
-    return found
+    return tuple(replace(kept, renewed=_renews(model, args, found)) for kept in found)
+
+
+def _renews(model: nn.Module, args: tuple[Any, ...], found: tuple[Kept, ...]) -> bool:
+    """Whether the model takes a state of a wrong batch size as a reason to begin anew."""
+    copied = copy_of(model)
+    for kept in found:
+        replace(kept, renewed=True).reset(copied, next(tensors(kept.value)).shape[1])
+    try:
+        watch(copied, tree.map_leaves(args, Tensor.clone))
+    except ForwardError:
+        return False
+    return True
 
 
 def _attributes(model: nn.Module) -> list[tuple[str, str, Any]]:

@@ -140,9 +140,8 @@ def _example_trouble(x: Tensor, error: ForwardError) -> str:
     what = f"the example is {str(x.dtype).removeprefix('torch.')} {list(x.shape)}"
     if isinstance(error.module, nn.Embedding) and x.is_floating_point():
         return f"{what}, but {error.layer} takes token ids: give an int64 tensor [batch, time]"
-    if isinstance(error.module, nn.RNNBase) and x.is_floating_point():
-        width = error.module.input_size
-        return f"{what}, which {error.layer} with {width} inputs does not take: {first_line(error.error)}"
+    if isinstance(error.module, nn.RNNBase) and error.module.input_size != x.shape[-1]:
+        return f"{what}, but {error.layer} takes {error.module.input_size} features a step: {first_line(error.error)}"
     return f"the model's forward fails on the example in {error}"
 
 
@@ -176,7 +175,7 @@ def _check_repeatable(model: nn.Module, arguments: Arguments) -> None:
     copied = copy_of(model)
     arguments.prepare(copied, BATCH)
     first = watch(copied, tree.map_leaves(args, Tensor.clone))
-    given = {call.key: call.given for call in first.calls}
+    given = {c.key: c.given if c.given is not None else tuple(map(torch.zeros_like, c.left)) for c in first.calls}
     second = watch(copied, tree.map_leaves(args, Tensor.clone), lambda key, module, batch: given.get(key))
     if _same(first, second):
         return
@@ -201,7 +200,7 @@ def _orient(model: nn.Module, arguments: Arguments, batch: int) -> tuple[Argumen
 
     ``batch`` is the example's, as its first recurrent layer saw it.
     """
-    states = [tensor for _, tensor in tree.leaves(arguments.rest)]
+    states = list(tensors(arguments.rest))
     axes = [_batch_axes(state, batch) for state in states]
     if not all(axes):
         raise ExportError(
@@ -260,7 +259,7 @@ def _check_state_arguments(model: nn.Module, x: Tensor, rest: tuple[Any, ...]) -
     """State arguments must reach the layers unchanged: then the state given back is the state to carry on."""
     generator = torch.Generator().manual_seed(0)
     rest = tree.map_leaves(rest, lambda state: torch.randn(state.shape, generator=generator))
-    given = [tensor for _, tensor in tree.leaves(rest)]
+    given = list(tensors(rest))
     if not given:
         return
     run = watch(copy_of(model), (x.clone(), *rest))

@@ -11,7 +11,7 @@ from recurd_export.errors import ExportError
 from recurd_export.pytorch import tree
 from recurd_export.pytorch.arguments import BATCH, OTHER_BATCH, OTHER_STEPS, STEPS, Arguments
 from recurd_export.pytorch.fresh import run_with
-from recurd_export.pytorch.watch import Run, shape_changer
+from recurd_export.pytorch.watch import Run, shape_changer, tensors
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def _returned_states(arguments: Arguments, run: Run, tensors: Sequence[Tensor]) 
 
 def _argument_shapes(arguments: Arguments) -> list[torch.Size]:
     _, *rest = arguments.with_input(arguments.random(BATCH, 1, 0))
-    return [state.shape for _, state in tree.leaves(rest)]
+    return [state.shape for state in tensors(rest)]
 
 
 def _check_states_returned(arguments: Arguments, states: Sequence[int], tensors: Sequence[Tensor]) -> None:

@@ -1,5 +1,6 @@
 """A traced program, opened up: which axis of a value is batch or time, and what every node gives on real input."""
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ class Graph:
         self.program = program
         self.module = program.graph_module
         kinds = {spec.arg.name: spec for spec in program.graph_signature.input_specs if hasattr(spec.arg, "name")}
+        self.dtype = torch.float32
         self.fixed: list[Tensor] = []
         self.placeholders: dict[str, fx.Node] = {}
         for node in self.module.graph.find_nodes(op="placeholder"):
@@ -40,11 +42,25 @@ class Graph:
         return axes[0] if len(axes) == 1 else None
 
     def run(self, x: Tensor, lengths: Tensor, states: Sequence[Tensor], causal: bool) -> dict[str, Any]:
-        """Values of all nodes by name. With ``causal``, second directions run forwards (see ops.forward_only)."""
+        """Values of all nodes by name. With ``causal``, second directions run forwards (see ops.forward_only).
+
+        In the graph's own precision, which :meth:`to` changes.
+        """
         recorder = _Recorder(self.module, causal)
         with torch.no_grad():
-            recorder.run(*self.fixed, x, lengths, *states)
+            recorder.run(*self.fixed, _as(self.dtype, x), lengths, *(_as(self.dtype, state) for state in states))
         return recorder.values
+
+    def to(self, dtype: torch.dtype) -> "Graph":
+        """The same graph with other precision for weights, input and states (not for what it makes itself)."""
+        other = copy.copy(self)
+        other.dtype = dtype
+        other.fixed = [_as(dtype, value) for value in self.fixed]
+        return other
+
+
+def _as(dtype: torch.dtype, tensor: Tensor) -> Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
 class _Recorder(fx.Interpreter):

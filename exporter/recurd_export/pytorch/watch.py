@@ -16,8 +16,14 @@ from torch.nn.utils.rnn import PackedSequence
 
 from recurd_export.errors import ExportError
 
-#: Shapes of the tensors that went into and came out of one module without children.
-Passage = tuple[str, str, list[tuple[int, ...]], list[tuple[int, ...]]]
+
+@dataclass(frozen=True)
+class Passage:
+    """One call of a module without children: shapes of what went in, and what came out."""
+
+    layer: str
+    inputs: tuple[tuple[int, ...], ...]
+    outputs: tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -133,11 +139,12 @@ def watch(copied: nn.Module, args: tuple[Any, ...], inject: Inject | None = None
 
 def shape_changer(run: Run, steps: int) -> str | None:
     """In words: the first layer that was given something of ``steps`` steps and gave something without; or ``None``."""
-    for _, layer, shapes, results in run.passages:
-        if any(steps in shape for shape in shapes) and results and not any(steps in shape for shape in results):
+    for passage in run.passages:
+        results = [list(output.shape) for output in passage.outputs]
+        if results and any(steps in shape for shape in passage.inputs) and not any(steps in shape for shape in results):
             return (
-                f"{layer} changes the number of time steps ({list(shapes[0])} into {list(results[0])}), so chunks of a "
-                f"stream would not fit together"
+                f"{passage.layer} changes the number of time steps ({list(passage.inputs[0])} into {results[0]}), so "
+                f"chunks of a stream would not fit together"
             )
     return None
 
@@ -197,19 +204,21 @@ class _Recorder:
                 batch, steps = x.shape[:2] if module.batch_first else (x.shape[1], x.shape[0])
                 ordinal = self._ordinals[path]
                 self._ordinals[path] += 1
-                given, left = self._given.pop(), _as_tuple(output[1])
-                self.calls.append(Call(path, ordinal, module, batch, steps, given, left))
+                states = self._given.pop(), _as_tuple(output[1])
+                self.calls.append(Call(path, ordinal, module, batch, steps, *states))
             if isinstance(module, nn.Embedding):
                 self.lookups.append((module.num_embeddings, args[0]))
             if next(module.children(), None) is None:
-                shapes = [tuple(t.shape) for t in tensors(args)]
-                self.passages.append((path, label(path, module), shapes, [tuple(t.shape) for t in tensors(output)]))
+                shapes = tuple(tuple(t.shape) for t in tensors(args))
+                given = tuple(t.detach().clone() for t in tensors(output))
+                self.passages.append(Passage(label(path, module), shapes, given))
 
         return hook
 
 
 def _as_tuple(states: Any) -> tuple[Tensor, ...]:
-    return tuple(states) if isinstance(states, tuple | list) else (states,)
+    # Clones: the model may write into them later.
+    return tuple(s.detach().clone() for s in (states if isinstance(states, tuple | list) else (states,)))
 
 
 def _check_input(path: str, module: nn.RNNBase, x: Any) -> None:

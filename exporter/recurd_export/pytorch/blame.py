@@ -1,0 +1,50 @@
+"""Names the module that mixes time steps in a model that cannot even be traced: runs it whole and in chunks."""
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from recurd_export.pytorch.arguments import BATCH, STEPS
+from recurd_export.pytorch.fresh import fresh_run
+from recurd_export.pytorch.layout import Layout
+from recurd_export.pytorch.watch import ForwardError, Run
+
+_CUTS = (0, 4, 5, STEPS)
+
+
+def mixing_module(model: nn.Module, layout: Layout) -> str | None:
+    """The first module without children, outside recurrent layers, that gives chunks something else than the whole."""
+    if not layout.causal:
+        return None
+    x = layout.arguments.random(BATCH, STEPS, 0)
+    try:
+        whole = fresh_run(model, layout.arguments, x)
+        chunks = _in_chunks(model, layout, x)
+    except ForwardError as error:
+        return error.layer
+    for number, passage in enumerate(whole.passages):
+        for place, output in enumerate(passage.outputs):
+            if _differs(output, [chunk.passages[number].outputs[place] for chunk in chunks]):
+                return passage.layer
+    return None
+
+
+def _in_chunks(model: nn.Module, layout: Layout, x: Tensor) -> list[Run]:
+    runs: list[Run] = []
+    for start, stop in itertools.pairwise(_CUTS):
+        left = {call.key: call.left for call in runs[-1].calls} if runs else {}
+        runs.append(fresh_run(model, layout.arguments, x[:, start:stop], lambda key, *_, left=left: left.get(key)))
+    return runs
+
+
+def _differs(whole: Tensor, parts: Sequence[Tensor]) -> bool:
+    """Whether the parts, joined where they grow with the steps, are not the whole."""
+    steps = [stop - start for start, stop in itertools.pairwise(_CUTS)]
+    for axis, size in enumerate(whole.shape):
+        if size == STEPS and [part.shape[axis] for part in parts] == steps:
+            joined = torch.cat(list(parts), axis)
+            return whole.shape != joined.shape or not torch.allclose(whole, joined, 1e-4, 1e-5, equal_nan=True)
+    last = parts[-1]
+    return whole.shape != last.shape or not torch.allclose(whole, last, 1e-4, 1e-5, equal_nan=True)
