@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from threading import Thread
 from types import FrameType
-from typing import IO
+from typing import IO, Any
 
 import msgspec
 
@@ -58,26 +58,29 @@ class _Line(msgspec.Struct):
 def serving(arguments: Sequence[str]) -> Iterator[Child]:
     """``recurd serve`` with these arguments on a free loopback port, ready when this returns, stopped at the end.
 
-    SIGTERM to this process becomes a KeyboardInterrupt meanwhile, so that the child is stopped in any case. Raises
+    SIGTERM to this process is a KeyboardInterrupt meanwhile, as Ctrl-C is. To be called on the main thread. Raises
     :class:`StartError` with the child's own sentence and exit code when it does not start.
     """
     command = [sys.executable, "-m", "recurd", "serve", *arguments, "--bind", "tcp://127.0.0.1:*", "--metrics", ""]
     command += ["--log-format", "json", "--log-level", "info"]
     environ = {key: value for key, value in os.environ.items() if key not in ("NOTIFY_SOCKET", "JOURNAL_STREAM")}
-    # In a process group of its own, so that Ctrl-C reaches it through us, after the streams are closed.
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environ, process_group=0)
-    assert process.stderr is not None
     lines: deque[str] = deque(maxlen=_KEPT_LINES)
-    with process.stderr as stderr, _termination_as_interrupt():
-        try:
-            endpoint = _await_ready(process, stderr, lines)
-            # Read on, or a talkative daemon would block on its full pipe.
-            reader = Thread(target=lines.extend, args=(stderr,), daemon=True)
-            reader.start()
-            yield Child(process, endpoint)
-        finally:
-            _stop(process)
-        reader.join(_STOP_SECONDS)
+    with _Interrupts() as interrupts:
+        # In a process group of its own, so that Ctrl-C reaches it through us, after the streams are closed.
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environ, process_group=0)
+        assert process.stderr is not None
+        with process.stderr as stderr:
+            try:
+                interrupts.release()
+                endpoint = _await_ready(process, stderr, lines)
+                # Read on, or a talkative daemon would block on its full pipe.
+                reader = Thread(target=lines.extend, args=(stderr,), daemon=True)
+                reader.start()
+                yield Child(process, endpoint)
+            finally:
+                interrupts.hold()
+                _stop(process)
+            reader.join(_STOP_SECONDS)
 
 
 def _await_ready(process: subprocess.Popen[str], stderr: IO[str], lines: deque[str]) -> str:
@@ -103,13 +106,36 @@ def _stop(process: subprocess.Popen[str]) -> None:
         process.wait()
 
 
-@contextlib.contextmanager
-def _termination_as_interrupt() -> Iterator[None]:
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
+class _Interrupts:
+    """SIGINT and SIGTERM as KeyboardInterrupt, held back while a child is being started or stopped.
 
-    former = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, former)
+    Otherwise one that comes in between would leave the child behind.
+    """
+
+    def __init__(self) -> None:
+        self._held = True
+        self._noted = False
+        self._former: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "_Interrupts":
+        self._former = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._former.items():
+            signal.signal(number, handler)
+
+    def hold(self) -> None:
+        """Note signals from now on."""
+        self._held = True
+
+    def release(self) -> None:
+        """Raise for a signal that was noted, and for those to come."""
+        self._held = False
+        if self._noted:
+            raise KeyboardInterrupt
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if not self._held:
+            raise KeyboardInterrupt
+        self._noted = True

@@ -66,7 +66,7 @@ class Connection:
                 (wire.pack(wire.Type.CLOSE, handle=h.handle, generation=h.generation, seq=seq), b"")
                 for seq, h in enumerate(part)
             ]
-            self._ask(records, _CLOSE_SECONDS)
+            self._ask(records, min(self._timeout_seconds, _CLOSE_SECONDS))
 
     def _ask(self, records: Sequence[wire.Record], seconds: float) -> list[tuple[wire.Header, memoryview]]:
         """Send control messages and wait for as many answers; results in between are left unread."""

@@ -118,6 +118,8 @@ class Fleet:
         for name, value in self._expected.items():
             if (results[name] != value).any():
                 raise RecurdError(f"a result's {name} is {results[name][results[name] != value][0]}, not {value}")
+        if (wrong := results["generation"] != self._frames["header"]["generation"][ids]).any():
+            raise RecurdError(f"a result of generation {results['generation'][wrong][0]} came for a chunk of another")
         if (results["flags"] & ~np.uint8(wire.Flag.FRESH)).any():
             raise RecurdError("a result came twice")
         seqs: Array = results["seq"].astype(np.int64)
