@@ -257,8 +257,11 @@ def all_finite(values: npt.NDArray[Any]) -> bool:
 
 def multi_is_finite(header: Header, payload: memoryview) -> bool:
     """Whether all data of a MULTI, read as float32, is finite (False, too, when it cannot be read so)."""
-    data = payload[header.steps * HEADER_BYTES :]
-    return len(data) % 4 == 0 and all_finite(np.frombuffer(data, NUMPY_TYPES[Dtype.FLOAT32]))
+    end_of_headers = header.steps * HEADER_BYTES
+    # One record of an odd size and the numbers of those behind it would be read across their borders.
+    if (np.frombuffer(payload[:end_of_headers], _HEADER_DTYPE)["size"] & 3).any():
+        return False
+    return all_finite(np.frombuffer(payload[end_of_headers:], NUMPY_TYPES[Dtype.FLOAT32]))
 
 
 def decode_body(payload: Buffer, type: type[Body]) -> Body:
