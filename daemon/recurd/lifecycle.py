@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import recurd
 from recurd import wire
 from recurd.config import Config
-from recurd.errors import Code, Refused
+from recurd.errors import Broken, Code, Refused
 from recurd.lane import Lane
 from recurd.peers import Outbox, Peer, Peers
 from recurd.stats import Stats
@@ -210,6 +210,11 @@ class Lifecycle:
             self._stats.streams["attached"] += 1
         else:
             stream.peer.handles.discard(stream.handle)
+        if stream.closing is not None and stream.peer is not peer:
+            self._answer_close(
+                stream, Refused(Code.DETACHED, f"stream '{stream.name}' was opened on another connection")
+            )
+            stream.closing = wire.NO_HEADER
         stream.peer = peer
         peer.handles.add(stream.handle)
 
@@ -223,17 +228,28 @@ class Lifecycle:
             self._outbox.send_control(peer, (wire.pack(wire.Type.CLOSED, handle=header.handle, seq=header.seq), b""))
             return
         stream.last_seen = now
+        if stream.closing is not None and stream.closing is not wire.NO_HEADER:
+            raise Refused(Code.CLOSED, f"stream '{stream.name}' is being closed already")
         stream.closing = header
         if not stream.queue:
             self.finish_close(stream)
 
     def finish_close(self, stream: Stream) -> None:
         """The queue of a closing stream has run empty."""
-        assert stream.closing is not None
-        record = wire.pack(wire.Type.CLOSED, generation=stream.generation, handle=stream.handle, seq=stream.closing.seq)
-        if stream.peer is not None:
-            self._outbox.send_control(stream.peer, (record, b""))
+        self._answer_close(stream, None)
         self.end(stream, Code.CLOSED, "closed")
+
+    def _answer_close(self, stream: Stream, error: Refused | Broken | None) -> None:
+        """Answer the CLOSE that a stream waits with, when there is one and somebody to be told."""
+        close, peer = stream.closing, stream.peer
+        stream.closing = None
+        if close is None or close is wire.NO_HEADER or peer is None:
+            return
+        if error is not None:
+            self._outbox.send_error(peer, close, error)
+            return
+        record = wire.pack(wire.Type.CLOSED, generation=stream.generation, handle=stream.handle, seq=close.seq)
+        self._outbox.send_control(peer, (record, b""))
 
     def end(self, stream: Stream, code: Code, reason: str) -> None:
         """Forget a stream. What is still queued is answered with how it ended; its slot is free at once.
@@ -248,6 +264,7 @@ class Lifecycle:
         for chunk in queued:
             if stream.peer is not None:
                 self._outbox.send_error(stream.peer, _record_header(stream, chunk), ended.error())
+        self._answer_close(stream, ended.error())
         if not stream.running:
             lane.scheduler.remove(stream)
         lane.slots.free(stream.slot)
@@ -287,5 +304,7 @@ class Lifecycle:
 
 def _record_header(stream: Stream, chunk: Chunk) -> wire.Header:
     """The header a queued record came with, as far as an error about it repeats it."""
-    kind = wire.Type.CHUNK if chunk.steps else wire.Type.RESET
-    return wire.NO_HEADER._replace(type=kind, generation=chunk.generation, handle=stream.handle, seq=chunk.seq)
+    kind, generation = wire.Type.CHUNK, chunk.generation
+    if not chunk.steps:
+        kind, generation = wire.Type.RESET, generation - 1
+    return wire.NO_HEADER._replace(type=kind, generation=generation, handle=stream.handle, seq=chunk.seq)

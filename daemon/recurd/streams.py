@@ -104,7 +104,7 @@ class Stream:
         # Connection.
         self.peer: Peer | None = None
         self.last_seen = 0.0
-        #: Header of the CLOSE that waits for the queue to run empty.
+        #: Header of the CLOSE that waits for the queue to run empty; NO_HEADER when who sent it is no longer attached.
         self.closing: wire.Header | None = None
 
     def acknowledge(self, ack: int) -> None:
@@ -129,11 +129,11 @@ class Stream:
                     retry_after_seconds=0.0,
                 )
             raise self._stale(header)
-        if header.generation < self.first_generation or header.generation > self.generation:
+        if not 0 < seq <= self.accepted:
+            raise Refused(Code.GAP, f"record {seq} came, {self.accepted + 1} is the next", expected=self.accepted + 1)
+        if not self.first_generation <= header.generation <= self.generation:
             raise self._stale(header)
-        if 0 < seq <= self.accepted:
-            return False
-        raise Refused(Code.GAP, f"record {seq} came, {self.accepted + 1} is the next", expected=self.accepted + 1)
+        return False
 
     def _stale(self, header: wire.Header) -> Refused:
         return Refused(
@@ -153,10 +153,12 @@ class Stream:
                     raise self._stale(header)
                 flags = first[4] | wire.Flag.DUPLICATE
                 return first[:4] + bytes((flags,)) + first[5:], payload
-        kind = wire.Type.RESULT if header.type == wire.Type.CHUNK else wire.Type.DONE
+        kind, generation = wire.Type.RESULT, header.generation
+        if header.type == wire.Type.RESET:
+            kind, generation = wire.Type.DONE, generation + 1
         flags = wire.Flag.DUPLICATE | wire.Flag.GONE
         return wire.pack(
-            kind, flags=flags, generation=header.generation, handle=self.handle, seq=header.seq, ack=self.accepted
+            kind, flags=flags, generation=generation, handle=self.handle, seq=header.seq, ack=self.accepted
         ), b""
 
 
