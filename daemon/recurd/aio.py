@@ -11,11 +11,12 @@ from typing import Any, TypeVar
 
 import numpy.typing as npt
 
-from recurd.errors import Unanswered
+from recurd.backlog import Record
+from recurd.errors import RecurdError, Unanswered
 from recurd.interface import CLOSED, Connection, OpenStream, closed_error, no_answer
 from recurd.link import Link
 from recurd.signature import Payload, Result
-from recurd.writer import Mode, Record, Writer
+from recurd.writer import Mode, Writer
 
 _Value = TypeVar("_Value")
 
@@ -169,8 +170,13 @@ class Client(Connection):
         if self._soon is not None:
             self._soon.cancel()
             self._soon = None
-        self._link.turn(self._loop.time())
-        self._resolve()
+        try:
+            self._link.turn(self._loop.time())
+        except Exception as bug:
+            self._session.end(RecurdError(f"the client failed: {bug!r}"))
+            raise  # to the loop, which reports it
+        finally:
+            self._resolve()
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

@@ -21,11 +21,12 @@ from typing import Any
 import numpy.typing as npt
 import zmq
 
+from recurd.backlog import Record
 from recurd.errors import RecurdError, Unanswered
 from recurd.interface import CLOSED, Connection, OpenStream, closed_error, no_answer
 from recurd.link import Link
 from recurd.signature import Payload, Result
-from recurd.writer import Mode, Record, Writer
+from recurd.writer import Mode, Writer
 
 _log = logging.getLogger("recurd.client")
 #: Longest wait of the background thread: a bound on what a clock that jumps can do.

@@ -39,12 +39,12 @@ class OpenStream:
     @property
     def generation(self) -> int:
         """The stream's fresh starts so far: openings with mode ``new``, resets, expiries."""
-        return self._writer.generation
+        return self._writer.backlog.generation
 
     @property
     def last_seq(self) -> int:
         """Number of the chunk or reset up to which everything is answered."""
-        return self._writer.last_seq
+        return self._writer.backlog.last_seq
 
     @property
     def fresh(self) -> bool:

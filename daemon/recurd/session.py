@@ -18,9 +18,10 @@ from typing import Any, NamedTuple
 import msgspec
 
 from recurd import __version__, wire
+from recurd.backlog import Record
 from recurd.errors import BREAKING, Broken, Code, RecurdError, Refused
 from recurd.signature import Signature
-from recurd.writer import Answer, Phase, Record, Writer
+from recurd.writer import Answer, Phase, Writer
 
 #: Records are joined into frames of about this size: more brings nothing, and holds up the stream that comes last.
 JOIN_BYTES = 256 * 1024
@@ -260,6 +261,7 @@ class Session:
         if header.type in (wire.Type.RESULT, wire.Type.DONE):
             writer = self._by_handle.get(header.handle)
             if writer is not None:
+                self._pause = self.limits.reconnect_seconds
                 writer.answered(header, payload, now)
                 self._settle(writer)
         elif header.type == wire.Type.ERROR:
@@ -281,13 +283,15 @@ class Session:
             self._ready[writer] = None
         else:
             self._paused.pop(writer, None)
+            if self._by_handle.get(writer.handle) is writer:
+                del self._by_handle[writer.handle]
             if self._writers.get(writer.stream) is writer:
                 del self._writers[writer.stream]
 
     def _welcomed(self, welcome: wire.Welcome, now: float) -> None:
         if self._state is not _State.GREETING:
             return
-        self._signatures = {name: Signature(contract) for name, contract in welcome.models.items()}
+        self._signatures = {}
         self.welcome = welcome
         self._state = _State.READY
         self._look_at = now
@@ -297,12 +301,20 @@ class Session:
 
     def _opened(self, header: wire.Header, body: wire.Opened, now: float) -> None:
         writer = self._requests.pop(header.seq, None)
-        if writer is None:
+        if writer is None or writer.phase is Phase.ENDED:
             return
-        self._pause = self.limits.reconnect_seconds
         self._by_handle[header.handle] = writer
-        writer.opened(header, body, self._signatures[body.model], now)
+        try:
+            writer.opened(header, body, self._signature(body.model), now)
+        except (KeyError, msgspec.ValidationError) as error:
+            writer.end(Refused(Code.BAD_FRAME, f"the contract of model '{body.model}' cannot be read here: {error!r}"))
         self._settle(writer)
+
+    def _signature(self, model: str) -> Signature:
+        assert self.welcome is not None  # nothing is opened before
+        if model not in self._signatures:
+            self._signatures[model] = Signature(self.welcome.models[model])
+        return self._signatures[model]
 
     def _ponged(self, request_id: int, now: float) -> None:
         """Answers do not overtake a PONG: what stood still before its PING and still does was lost on the way."""

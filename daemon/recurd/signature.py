@@ -65,6 +65,9 @@ class Signature:
         self.shape = fields.input.shape
         self.width = math.prod(self.shape)
         self.features = fields.input.features
+        self._widths = [head.width for head in self.heads]
+        self._step_elements = sum(head.width for head in self.heads if head.per == "step")
+        self._last_elements = sum(head.width for head in self.heads if head.per != "step")
         #: Whether the results do not depend on how a stream is cut into chunks.
         self.chunk_local = fields.causal and all(head.per == "step" for head in self.heads)
         self._wire_dtype = wire.DTYPES[fields.input.dtype]
@@ -108,20 +111,22 @@ class Signature:
         The arrays are the caller's own. Raises :class:`Refused` (``bad_frame``) when the payload is not the contract's.
         """
         dtype = wire.NUMPY_TYPES.get(header.dtype)  # type: ignore[call-overload]  # an IntEnum's keys are found by int
-        steps = [header.steps if head.per == "step" else 1 for head in self.heads]
-        elements = sum(n * head.width for n, head in zip(steps, self.heads, strict=True))
-        if dtype is None or elements * dtype.itemsize != len(payload):
+        if dtype is None or self._elements(header.steps) * dtype.itemsize != len(payload):
             raise Refused(Code.BAD_FRAME, "a result came that does not fit the model's contract")
         flat = np.frombuffer(payload, dtype).copy()  # a view would keep the whole frame alive, and be read-only
         if len(self.heads) == 1:
             return _shaped(flat, header.steps, self.heads[0])
         outputs: dict[str, Array] = {}
         start = 0
-        for head, count in zip(self.heads, steps, strict=True):
-            end = start + count * head.width
+        for head, width in zip(self.heads, self._widths, strict=True):
+            end = start + (header.steps if head.per == "step" else 1) * width
             outputs[head.name] = _shaped(flat[start:end], header.steps, head)
             start = end
         return outputs
+
+    def _elements(self, steps: int) -> int:
+        """Elements of a result."""
+        return steps * self._step_elements + self._last_elements
 
 
 def _shaped(flat: Array, steps: int, head: Head) -> Array:

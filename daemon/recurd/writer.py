@@ -1,16 +1,9 @@
-"""A client's side of one stream: what waits, what is in flight under which number, what an answer means for the rest.
+"""A client's side of one stream: how it stands with the daemon, and what every answer means for its records.
 
-Sans-I/O like :mod:`recurd.session`, which owns the writers and tells them what came (docs/protocol.md, section 4).
-
-A record gets its number when it is sent, not before. So what the daemon has not accepted is simply put back in front of
-what waits, and is numbered again when its turn comes::
-
-    submit -> waiting -> in flight (numbered) -> answered
-                 ^            |
-                 +- put back -+   a record before it was refused, or it is itself to come again later
+Sans-I/O like :mod:`recurd.session`, which owns the writers and tells them what came (docs/protocol.md, section 4); the
+records and their numbers are :mod:`recurd.backlog`'s.
 """
 
-from collections import deque
 from collections.abc import Iterator
 from enum import Enum
 from typing import Any, Literal, NamedTuple
@@ -18,8 +11,9 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 
 from recurd import wire
+from recurd.backlog import Backlog, Record
 from recurd.errors import PASSING, Broken, Code, RecurdError, Refused, Unanswered
-from recurd.signature import Payload, Signature
+from recurd.signature import Signature
 
 Mode = Literal["auto", "resume", "new"]
 #: Seconds to wait before the same request is tried again where the daemon names none.
@@ -27,6 +21,8 @@ RETRY_SECONDS = 0.05
 #: Codes of a record's ERROR that the stream does not survive, besides the breaking ones: its numbers or its life are
 #: not those we know, so somebody else has started it afresh or closed it.
 _LOST = frozenset({Code.STALE, Code.CLOSED, Code.UNKNOWN_STREAM})
+# As plain integers: an IntFlag's operators cost more than the rest of an answer.
+_FRESH, _DUPLICATE, _GONE = int(wire.Flag.FRESH), int(wire.Flag.DUPLICATE), int(wire.Flag.GONE)
 
 
 class Answer(NamedTuple):
@@ -35,19 +31,6 @@ class Answer(NamedTuple):
     token: Any
     value: Any
     error: RecurdError | None
-
-
-class Record:
-    """A chunk or a reset on its way. ``generation`` is set with its number; ``sent`` counts the times it went out."""
-
-    __slots__ = ("generation", "payload", "sent", "token")
-
-    def __init__(self, token: Any, payload: Payload | None) -> None:
-        """``payload`` ``None`` is a reset."""
-        self.token = token
-        self.payload = payload
-        self.generation = 0
-        self.sent = 0
 
 
 class Phase(Enum):
@@ -68,37 +51,30 @@ class Writer:
         self._request = request
         self._answers = answers
         self._open_token: Any = token
+        self._close_tokens: list[Any] = []
+        self.backlog = Backlog()
         # of the stream, once opened
         self.model = request.model
         self.signature: Signature | None = None
         self.handle = 0
-        self.credit = 0
         self.max_chunk_steps = 0
-        #: Fresh starts, and number of the record, up to which everything is answered.
-        self.generation = 0
-        self.last_seq = 0
+        self._credit = 0
+        #: Records that may be in flight: the credit, and less for a while after the daemon was too busy for them.
+        self._window = 0
         #: Whether no step was taken since the fresh start, as far as answers have come.
         self.fresh = False
         #: Whether the chunk answered last started from the initial state.
         self.last_fresh = False
         #: Why there is no stream any more.
         self.error: RecurdError | None = None
-        # records
-        self._next_seq = 1
-        self._next_generation = 0
-        self._in_flight: dict[int, Record] = {}  # by seq, which is also their order
-        self._waiting: deque[Record] = deque()
-        self._close_tokens: list[Any] = []
         # of the present connection
         self.phase = Phase.DETACHED
         #: OPENs that went out on lost connections and were not answered: the daemon may yet read one of them.
         self._opens_lost = 0
         self._reopened = False
-        self._resend = False
         self._closing = False
-        self._errors_to_come: set[int] = set()
-        self.retry_at = 0.0
         # of the wait for an answer
+        self.retry_at = 0.0
         self._stall_seconds = stall_seconds
         #: When something last came for this stream, or was sent while nothing was awaited.
         self.progress_at = 0.0
@@ -116,7 +92,7 @@ class Writer:
     def awaits_answer(self) -> bool:
         """Whether the daemon owes an answer, as far as we know."""
         if self.phase is Phase.ATTACHED:
-            return bool(self._in_flight or self._errors_to_come or self._closing)
+            return bool(self.backlog.in_flight or self.backlog.errors_to_come or self._closing)
         return self.phase is Phase.OPENING
 
     # --- what a user asks for ---
@@ -128,7 +104,7 @@ class Writer:
         elif self._close_tokens:
             self._answers.append(Answer(record.token, None, RecurdError(f"stream '{self.stream}' is being closed")))
         else:
-            self._waiting.append(record)
+            self.backlog.waiting.append(record)
 
     def close(self, token: Any) -> None:
         """Close the stream once everything before is answered. A stream whose state is lost is closed already."""
@@ -143,7 +119,7 @@ class Writer:
         """What was in flight on this attachment is unanswered; the stream has to be opened again."""
         if self.phase is not Phase.ENDED:
             self.phase = Phase.DETACHED
-        self._errors_to_come.clear()
+        self.backlog.forget_answers()
         self._closing = False
 
     def disconnected(self) -> None:
@@ -158,9 +134,9 @@ class Writer:
         self.progress_at = now
         request = self._request
         if self.is_open:
-            request = msgspec.structs.replace(request, mode="resume", generation=self.generation)
+            request = msgspec.structs.replace(request, mode="resume", generation=self.backlog.generation)
         body = msgspec.json.encode(request)
-        return wire.pack(wire.Type.OPEN, size=len(body), seq=request_id, ack=self.last_seq) + body
+        return wire.pack(wire.Type.OPEN, size=len(body), seq=request_id, ack=self.backlog.last_seq) + body
 
     def opened(self, header: wire.Header, body: wire.Opened, signature: Signature, now: float) -> None:
         """OPENED came."""
@@ -171,32 +147,30 @@ class Writer:
             self.end(trouble)
             return
         self.phase = Phase.ATTACHED
-        self.signature, self.handle, self.credit = signature, header.handle, body.credit
-        self.max_chunk_steps = body.max_chunk_steps
+        self.signature, self.handle, self.max_chunk_steps = signature, header.handle, body.max_chunk_steps
+        self._credit = self._window = body.credit
         self.progress_at = now
-        self._resend = bool(self._in_flight)
         if first:
-            self._next_seq, self._next_generation, self.fresh = body.last_seq + 1, body.generation, body.fresh
-            self._note_answered()
+            self.backlog.start(body.last_seq, body.generation)
+            self.fresh = body.fresh
             self._answers.append(Answer(self._open_token, None, None))
             self._open_token = None
 
     def _lost_since(self, body: wire.Opened) -> RecurdError | None:
         """Why the stream that was opened is not the one we had; ``None`` when it is."""
-        following = body.last_seq + 1
-        if following > self._next_seq:
-            return Refused(Code.DETACHED, f"another client has written to stream '{self.stream}' since")
-        if following == self._next_seq:
-            expected = self._next_generation
-        elif following in self._in_flight:
-            expected = self._in_flight[following].generation
-        else:
-            text = f"the daemon knows '{self.stream}' up to chunk {body.last_seq} only, {self.last_seq} were answered"
+        if body.last_seq >= self.backlog.next_seq:
+            return self._taken_over()
+        expected = self.backlog.generation_after(body.last_seq)
+        if expected is None:
+            text = f"the daemon knows '{self.stream}' up to chunk {body.last_seq} only, later ones were answered"
             return Broken(Code.UNKNOWN_STREAM, text, generation=body.generation, last_seq=body.last_seq)
         if body.generation != expected:
             text = f"stream '{self.stream}' was started afresh by another client"
             return Broken(Code.STALE, text, generation=body.generation, last_seq=body.last_seq)
         return None
+
+    def _taken_over(self) -> Refused:
+        return Refused(Code.DETACHED, f"another client has written to stream '{self.stream}' since")
 
     def open_refused(self, error: Refused | Broken, now: float) -> None:
         """An ERROR came for the OPEN."""
@@ -211,35 +185,26 @@ class Writer:
             self.end(_broken(error) if self.is_open else error)
 
     def _wait(self, error: Refused, now: float) -> None:
+        """Try again later, and with less at once: what cannot be taken should not come again and again in full."""
+        self._window = max(1, self._window // 2)
         self.retry_at = now + (error.retry_after_seconds or RETRY_SECONDS)
 
     # --- sending ---
 
     def records_to_send(self, now: float) -> Iterator[wire.Record]:
-        """Everything that may go out now: records to be sent again, then waiting ones as far as the credit goes."""
-        if self.phase is not Phase.ATTACHED or self._errors_to_come or now < self.retry_at:
+        """Everything that may go out now."""
+        if self.phase is not Phase.ATTACHED or now < self.retry_at:
             return
-        if not self._in_flight:
+        if not self.backlog.in_flight:
             self.progress_at = now
-        if self._resend:
-            self._resend = False
-            for seq, record in self._in_flight.items():
-                yield self._pack(seq, record)
-        while self._waiting and self._next_seq - self.last_seq <= self.credit:
-            record = self._waiting.popleft()
-            record.generation = self._next_generation
-            self._in_flight[self._next_seq] = record
-            yield self._pack(self._next_seq, record)
-            self._next_seq += 1
-            self._next_generation += record.payload is None
+        for seq, record in self.backlog.to_send(self._window):
+            record.sent += 1
+            yield self._packed(seq, record)
 
-    def _pack(self, seq: int, record: Record) -> wire.Record:
-        record.sent += 1
-        payload = record.payload
+    def _packed(self, seq: int, record: Record) -> wire.Record:
+        payload, ack = record.payload, self.backlog.last_seq
         if payload is None:
-            reset = wire.pack(
-                wire.Type.RESET, generation=record.generation, handle=self.handle, seq=seq, ack=self.last_seq
-            )
+            reset = wire.pack(wire.Type.RESET, generation=record.generation, handle=self.handle, seq=seq, ack=ack)
             return reset, b""
         header = wire.pack(
             wire.Type.CHUNK,
@@ -250,19 +215,21 @@ class Writer:
             generation=record.generation,
             handle=self.handle,
             seq=seq,
-            ack=self.last_seq,
+            ack=ack,
         )
         return header, payload.data
 
     def close_frame(self, request_id: int, now: float) -> bytes | None:
         """The CLOSE, when one is wanted and its time has come. Nothing may be in flight: a record could come back."""
-        ready = self._close_tokens and self.phase is Phase.ATTACHED and not self._closing
-        if not ready or self._in_flight or self._waiting or self._errors_to_come:
+        backlog = self.backlog
+        if not self._close_tokens or self.phase is not Phase.ATTACHED or self._closing:
+            return None
+        if backlog.in_flight or backlog.waiting or backlog.errors_to_come:
             return None
         self._closing = True
         self.progress_at = now
         return wire.pack(
-            wire.Type.CLOSE, generation=self._next_generation, handle=self.handle, seq=request_id, ack=self.last_seq
+            wire.Type.CLOSE, generation=backlog.generation, handle=self.handle, seq=request_id, ack=backlog.last_seq
         )
 
     def send_again(self, now: float, max_stall_seconds: float) -> None:
@@ -271,41 +238,34 @@ class Writer:
         self.patience_seconds = min(2 * self.patience_seconds, max_stall_seconds)
         if self.phase is Phase.OPENING:
             self.phase = Phase.DETACHED
-        self._errors_to_come.clear()
         self._closing = False
-        self._resend = bool(self._in_flight)
+        self.backlog.forget_answers()
 
     # --- answers ---
 
     def answered(self, header: wire.Header, payload: memoryview, now: float) -> None:
         """RESULT or DONE came. One that is not awaited (any more) is dropped."""
-        record = self._in_flight.get(header.seq)
+        record = self.backlog.in_flight.get(header.seq)
         if record is None:
             return
         if self._is_not_ours(header, record):
-            self.end(Refused(Code.DETACHED, f"another client has written to stream '{self.stream}' since"))
+            self.end(self._taken_over())
             return
-        del self._in_flight[header.seq]
-        self._note_answered()
+        self.backlog.answered(header.seq)
         self._progressed(now)
         self._reopened = False
+        if self._window < self._credit:
+            self._window += 1
         self.fresh = record.payload is None
         if record.payload is None:
             self._answers.append(Answer(record.token, None, None))
             return
-        self.last_fresh = bool(header.flags & wire.Flag.FRESH)
+        self.last_fresh = bool(header.flags & _FRESH)
         assert self.signature is not None  # set with the first OPENED
         try:
             self._answers.append(Answer(record.token, self.signature.result(header, payload), None))
         except Refused as error:
             self._answers.append(Answer(record.token, None, error))
-
-    def _note_answered(self) -> None:
-        """All before the oldest record in flight is answered (plain attributes, for readers on other threads)."""
-        for seq, record in self._in_flight.items():
-            self.last_seq, self.generation = seq - 1, record.generation
-            return
-        self.last_seq, self.generation = self._next_seq - 1, self._next_generation
 
     def _progressed(self, now: float) -> None:
         self.progress_at = now
@@ -316,14 +276,15 @@ class Writer:
         is_reset = record.payload is None
         if is_reset != (header.type == wire.Type.DONE) or header.generation != record.generation + is_reset:
             return True
-        return bool(header.flags & wire.Flag.GONE or (header.flags & wire.Flag.DUPLICATE and record.sent == 1))
+        return bool(header.flags & _GONE or (header.flags & _DUPLICATE and record.sent == 1))
 
     def refused(self, seq: int, error: Refused | Broken, now: float) -> None:
         """An ERROR came for record ``seq``."""
-        if seq in self._errors_to_come:
-            self._errors_to_come.discard(seq)
+        backlog = self.backlog
+        if seq in backlog.errors_to_come:
+            backlog.errors_to_come.discard(seq)
             return
-        record = self._in_flight.get(seq)
+        record = backlog.in_flight.get(seq)
         if record is None or self.phase is not Phase.ATTACHED:
             return
         self._progressed(now)
@@ -334,31 +295,22 @@ class Writer:
         elif error.code in (Code.UNKNOWN_HANDLE, Code.DETACHED):
             self._open_again(error)
         elif error.code is Code.GAP:
-            self._put_back_from(error.expected or 0, seq)
+            self._missed(error.expected or 0, seq)
         elif error.code in PASSING:
             self._wait(error, now)
-            self._put_back_from(seq, seq)
+            backlog.put_back(seq, seq)
         else:
-            self._put_back_from(seq, seq)
-            self._waiting.popleft()
+            backlog.put_back(seq, seq)
+            backlog.waiting.popleft()
             self._answers.append(Answer(record.token, None, error))
 
-    def _put_back_from(self, first: int, refused: int) -> None:
-        """The daemon waits for number ``first``: it and all after it are to be numbered and sent anew.
-
-        Errors are on their way for what was sent behind ``refused``, and its numbers must not be used before they came.
-        """
-        if first not in self._in_flight:
-            text = f"the daemon waits for chunk {first} of '{self.stream}', which was answered before"
+    def _missed(self, expected: int, seq: int) -> None:
+        """The daemon has not got everything we sent before ``seq``."""
+        if expected in self.backlog.in_flight:
+            self.backlog.put_back(expected, seq)
+        else:
+            text = f"the daemon waits for chunk {expected} of '{self.stream}', which was answered before"
             self.end(Broken(Code.UNKNOWN_STREAM, text))
-            return
-        back = [seq for seq in self._in_flight if seq >= first]
-        self._errors_to_come.update(seq for seq in back if seq > refused)
-        self._next_seq, self._next_generation = first, self._in_flight[first].generation
-        records = [self._in_flight.pop(seq) for seq in back]
-        for record in records:
-            record.sent = 0
-        self._waiting.extendleft(reversed(records))
 
     def _open_again(self, error: Refused) -> None:
         """The daemon does not take our records for this stream's any more.
@@ -397,11 +349,10 @@ class Writer:
         """There is no stream any more: everything that waits fails with ``error``, and so does everything to come."""
         if self.phase is Phase.ENDED:
             return
-        waiting = [record.token for record in (*self._in_flight.values(), *self._waiting)]
         if self._open_token is not None:
-            waiting.insert(0, self._open_token)
+            self._answers.append(Answer(self._open_token, None, error))
             self._open_token = None
-        self._answers.extend(Answer(token, None, error) for token in waiting)
+        self._answers.extend(Answer(record.token, None, error) for record in self.backlog.clear())
         # A stream that is lost is closed; only one that nobody answered for may be there still.
         self._finish(error, told=error if isinstance(error, Unanswered) else None)
 
@@ -409,9 +360,6 @@ class Writer:
         """``error`` is for what is asked of the stream from now on, ``told`` for those who asked to close it."""
         self._answers.extend(Answer(token, None, told) for token in self._close_tokens)
         self._close_tokens.clear()
-        self._in_flight.clear()
-        self._waiting.clear()
-        self._errors_to_come.clear()
         self.phase = Phase.ENDED
         self.error = error
 

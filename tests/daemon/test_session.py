@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recurd import config, wire
+from recurd.backlog import Record
 from recurd.contract import Contract, Head, Input, Source, State
 from recurd.engine import Engine
 from recurd.errors import Broken, Code, RecurdError, Refused
@@ -19,7 +20,7 @@ from recurd.lifecycle import Identity
 from recurd.session import Limits, Session
 from recurd.signature import Payload
 from recurd.stats import Stats
-from recurd.writer import Record, Writer
+from recurd.writer import Writer
 
 CONTRACT = {
     "name": "sum",
@@ -402,7 +403,7 @@ def test_an_opened_stream_knows_where_it_stands(pair: Pair) -> None:
     writer = pair.open()
     pair.exchange()
     assert pair.outcomes["open s"] is None
-    assert (writer.generation, writer.last_seq, writer.fresh) == (1, 0, True)
+    assert (writer.backlog.generation, writer.backlog.last_seq, writer.fresh) == (1, 0, True)
 
 
 def test_results_come_for_every_chunk_in_order(pair: Pair, writer: Writer) -> None:
@@ -410,7 +411,7 @@ def test_results_come_for_every_chunk_in_order(pair: Pair, writer: Writer) -> No
     pair.push(writer, "b", 3)
     pair.exchange()
     assert pair.totals("a", "b") == [[1, 3], [6]]
-    assert (writer.last_seq, writer.fresh) == (2, False)
+    assert (writer.backlog.last_seq, writer.fresh) == (2, False)
 
 
 def test_chunks_of_many_streams_leave_in_one_frame(pair: Pair) -> None:
@@ -447,7 +448,7 @@ def test_records_after_a_reset_carry_the_next_generation(pair: Pair, writer: Wri
     pair.exchange()
     assert pair.outcomes["reset"] is None
     assert pair.totals("b") == [[1]]
-    assert writer.generation == 2
+    assert writer.backlog.generation == 2
 
 
 def test_a_close_waits_for_everything_before_it(pair: Pair, writer: Writer) -> None:
@@ -651,7 +652,7 @@ def test_a_refused_chunk_fails_alone_and_those_behind_it_run(pair: Pair, writer:
     pair.exchange()
     assert pair.code("bad") is Code.NOT_FINITE
     assert pair.totals("a", "b", "c") == [[1], [3], [3]]
-    assert writer.last_seq == 4
+    assert writer.backlog.last_seq == 4
 
 
 def test_two_refused_chunks_in_one_pipeline_fail_each_alone(pair: Pair, writer: Writer) -> None:
@@ -677,6 +678,19 @@ def test_a_busy_daemon_gets_the_same_chunk_again_after_the_time_it_named(pair: P
     pair.pass_time(0.1)
     pair.exchange()
     assert pair.totals("a", "b") == [[1], [2]]
+
+
+def test_a_busy_daemon_is_not_sent_everything_again_each_time(pair: Pair, writer: Writer) -> None:
+    pair.daemon.busy = True
+    for n in range(6):
+        pair.push(writer, f"r{n}", 1)
+    for _ in range(4):
+        pair.exchange()
+        pair.pass_time(0.5)
+    assert len(pair.sent) == 1 + 1 + 4 + 2 + 1 + 1 + 1  # HELLO, OPEN, the credit, then less and less
+    pair.daemon.busy = False
+    pair.settle()
+    assert pair.totals("r5") == [[6]]
 
 
 def test_a_refusal_just_before_the_connection_breaks_leaves_no_hole(pair: Pair, writer: Writer) -> None:
