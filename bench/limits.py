@@ -20,7 +20,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 import msgspec
@@ -36,6 +36,10 @@ RECORDS = (1, 64)
 WARM_UP_SECONDS = 0.5
 
 
+#: A round in which other processes took more of the machine than this says little about anything.
+QUIET_CORES = 0.15
+
+
 class Figure(msgspec.Struct, frozen=True):
     """One measurement: chunks a second, latency in ms where there is one, what it is compared as."""
 
@@ -47,6 +51,13 @@ class Figure(msgspec.Struct, frozen=True):
     note: str = ""
 
 
+class Round(msgspec.Struct, frozen=True):
+    """One round's measurements, and how many cores other processes took meanwhile."""
+
+    figures: list[Figure]
+    others_cores: float
+
+
 @click.group(invoke_without_command=True, help=(__doc__ or "").replace("\n\n", "\n\n\b\n"))
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
 @click.option("--seconds", type=float, default=2.0, show_default=True, help="Of every measurement.")
@@ -54,7 +65,8 @@ class Figure(msgspec.Struct, frozen=True):
 @click.option("--model", type=click.Path(path_type=Path), help="Instead of the reference model (exported from torch).")
 @click.option("--threads", type=click.IntRange(0), default=0, show_default=True, help="Of bare model and daemon.")
 @click.option("--config", type=click.Path(path_type=Path), help="Configuration of the daemon.")
-@click.option("--json", "as_json", is_flag=True, help="Print every measurement as one JSON object a line.")
+@click.option("--wait-seconds", default=60.0, show_default=True, help="At most, for a quiet machine before a round.")
+@click.option("--json", "as_json", is_flag=True, help="Print every measurement as one JSON object a round.")
 @click.pass_context
 def main(
     ctx: click.Context,
@@ -65,6 +77,7 @@ def main(
     model: Path | None,
     threads: int,
     config: Path | None,
+    wait_seconds: float,
     as_json: bool,
 ) -> None:
     if ctx.invoked_subcommand is not None:
@@ -73,20 +86,46 @@ def main(
         path = model or export_reference(Path(folder) / "reference.onnx")
         arguments = [str(path), "--slots", str(STREAMS), "--device", "cpu", "--threads", str(threads)]
         arguments += ["--config", str(config)] if config else []
+        rounds_done: list[Round] = []
         with child.serving(arguments) as daemon, echo_process() as echo:
-            figures: list[list[Figure]] = []
             for number in range(rounds):
-                say(f"round {number + 1} of {rounds}, load {os.getloadavg()[0]:.2f}")
-                figures.append([figure for n in steps for figure in one_round(path, n, seconds, threads, daemon, echo)])
+                wait_until_quiet(wait_seconds)
+                say(f"round {number + 1} of {rounds}")
+                begin, busy, own = time.monotonic(), busy_seconds(), own_seconds(daemon, echo)
+                figures = [f for n in steps for f in one_round(path, n, seconds, threads, daemon, echo)]
+                others = (busy_seconds() - busy) - (own_seconds(daemon, echo) - own)
+                rounds_done.append(Round(figures, round(others / (time.monotonic() - begin), 3)))
                 if as_json:
-                    for figure in figures[-1]:
-                        click.echo(msgspec.json.encode(figure))
+                    click.echo(msgspec.json.encode(rounds_done[-1]))
         if not as_json:
-            click.echo(summary(figures))
+            click.echo(summary(rounds_done))
+
+
+def busy_seconds() -> float:
+    """CPU seconds of all processes since the machine started (Linux), interrupts and stolen time left out."""
+    with open("/proc/stat") as file:
+        user, nice, system = map(int, file.readline().split()[1:4])
+    return (user + nice + system) / os.sysconf("SC_CLK_TCK")
+
+
+def own_seconds(daemon: child.Child, echo: "Echo") -> float:
+    """CPU seconds of this run: this process, the children it waited for, the daemon and the echo."""
+    return sum(os.times()[:4]) + (daemon.cpu_seconds() or 0.0) + (child.cpu_seconds(echo.pid) or 0.0)
+
+
+def wait_until_quiet(limit_seconds: float) -> None:
+    """Wait until nobody else computes, but not longer than this."""
+    end = time.monotonic() + limit_seconds
+    while time.monotonic() < end:
+        begin, busy = time.monotonic(), busy_seconds()
+        time.sleep(1.0)
+        if busy_seconds() - busy < QUIET_CORES * (time.monotonic() - begin):
+            return
+        say("other processes are busy, waiting")
 
 
 def one_round(
-    path: Path, steps: int, seconds: float, threads: int, daemon: child.Child, echo_endpoint: str
+    path: Path, steps: int, seconds: float, threads: int, daemon: child.Child, echo: "Echo"
 ) -> Iterator[Figure]:
     """Every measurement once, one after another."""
     yield bare_in_process(path, steps, seconds, threads)
@@ -117,12 +156,20 @@ def one_round(
             note,
         )
     for records in RECORDS:
-        yield echo_rate(echo_endpoint, records, steps, seconds / 2)
+        yield echo_rate(echo.endpoint, records, steps, seconds / 2)
 
 
-def summary(rounds: list[list[Figure]]) -> str:
-    """Medians and ranges over the rounds, and the ratio to the bare model of the same round."""
-    lines = [f"{'steps':>5}  {'':20} {'chunks/s':>9}  {'range':>17}  {'of bare':>7}  {'range':>11}  {'p50/p99 ms':>13}"]
+def summary(done: list[Round]) -> str:
+    """Medians and ranges over the quiet rounds, and the ratio to the bare model of the same round."""
+    quiet = [one for one in done if one.others_cores <= QUIET_CORES]
+    rounds = [one.figures for one in quiet or done]
+    others = ", ".join(f"{one.others_cores:.2f}" for one in done)
+    lines = [f"{len(quiet)} of {len(done)} rounds were quiet; cores taken by other processes: {others}"]
+    if not quiet:
+        lines.append("no round was quiet: these figures are of all rounds, and worth little")
+    lines.append(
+        f"{'steps':>5}  {'':20} {'chunks/s':>9}  {'range':>17}  {'of bare':>7}  {'range':>11}  {'p50/p99 ms':>13}"
+    )
     for column, figure in enumerate(rounds[0]):
         runs = [figures[column] for figures in rounds]
         bare = [next(f for f in figures if f.steps == figure.steps and f.what == "bare") for figures in rounds]
@@ -241,14 +288,21 @@ def echo_rate(endpoint: str, records: int, steps: int, seconds: float) -> Figure
     return Figure(f"echo, {records} a frame", steps, count * records / seconds)
 
 
+class Echo(NamedTuple):
+    """A running echo."""
+
+    endpoint: str
+    pid: int
+
+
 @contextlib.contextmanager
-def echo_process() -> Iterator[str]:
-    """The endpoint of an echo that runs in a process of its own."""
+def echo_process() -> Iterator[Echo]:
+    """The echo in a process of its own."""
     process = subprocess.Popen([sys.executable, __file__, "echo"], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     with process.stdout as stdout:
         try:
-            yield stdout.readline().strip()
+            yield Echo(stdout.readline().strip(), process.pid)
         finally:
             process.terminate()
             process.wait()
