@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 #: Slot of a stream that has ended.
 NO_SLOT = -1
 _NO_DATA = np.zeros(0)
+#: Ended streams that may stand in the order of expiry besides as many as live, before they are swept out of it.
+_EXPIRY_SLACK = 64
 
 
 class Chunk:
@@ -198,6 +200,7 @@ class Streams:
         self._by_name: dict[tuple[str, str], Stream] = {}
         self._per_tenant: dict[str, int] = {}
         # Each stream stands once in the heap, with a time not later than its expiry; looked at again when that comes.
+        # Ended ones are swept out when they are more than the living.
         self._expiry: list[tuple[float, int]] = []
         self._ended: OrderedDict[int, Ended] = OrderedDict()
         self._ended_names: dict[tuple[str, str], int] = {}
@@ -270,6 +273,9 @@ class Streams:
             self._per_tenant[stream.tenant] = left
         else:
             del self._per_tenant[stream.tenant]
+        if len(self._expiry) > 2 * len(self._by_handle) + _EXPIRY_SLACK:
+            self._expiry = [entry for entry in self._expiry if entry[1] in self._by_handle]
+            heapq.heapify(self._expiry)
         ended = self._ended[stream.handle] = Ended(*key, code, stream.generation, stream.accepted)
         self._ended_names[key] = stream.handle
         while len(self._ended) > self._max_ended:
