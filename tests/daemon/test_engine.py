@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from dialogue import Caller, Desk, Reply, chunk, closing, opening, ping, reset
-from recurrent import Array, Network, States
 
+from dialogue import Caller, Desk, Reply, chunk, closing, opening, ping, reset
 from recurd import wire
 from recurd.config import Config, Limits, Tick
 from recurd.model import Model
 from recurd.wire import Flag, Type
+from recurrent import Array, Network, States
 
 PUMP = Network()
 VALVE = Network(name="valve", features=2, hidden=4, layers=1, learned=True, counter=True, seed=3)
