@@ -16,6 +16,8 @@ else that is raised while a frame is handled is a bug: a traceback in the log an
 """
 
 from enum import IntEnum
+from functools import partial
+from typing import Any
 
 
 class ExitCode(IntEnum):
@@ -141,6 +143,15 @@ class Refused(RecurdError):
         self.generation = generation
         self.retry_after_seconds = retry_after_seconds
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """So that it can leave a worker process: the default would call ``Refused`` with its one-line text alone."""
+        details = {
+            "expected": self.expected,
+            "generation": self.generation,
+            "retry_after_seconds": self.retry_after_seconds,
+        }
+        return partial(Refused, **details), (self.code, self.text)
+
 
 class Broken(RecurdError):
     """A stream's state is lost (``expired``, ``failed``, or unknown to a restarted daemon).
@@ -154,6 +165,10 @@ class Broken(RecurdError):
         self.text = text
         self.generation = generation
         self.last_seq = last_seq
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As in :class:`Refused`."""
+        return partial(Broken, generation=self.generation, last_seq=self.last_seq), (self.code, self.text)
 
 
 class Unanswered(RecurdError, TimeoutError):

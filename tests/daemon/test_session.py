@@ -614,6 +614,26 @@ def test_a_fresh_start_by_another_client_breaks_the_stream(pair: Pair, writer: W
     assert pair.code("b") is Code.STALE
 
 
+def test_a_stream_that_expired_is_broken_with_that_code(pair: Pair, writer: Writer) -> None:
+    life = pair.daemon.lives.pop("s")
+    pair.daemon.ended[life.handle] = Code.EXPIRED
+    pair.push(writer, "a", 1)
+    pair.push(writer, "b", 1)
+    pair.close(writer, "close")
+    pair.exchange()
+    assert pair.code("a") is pair.code("b") is Code.EXPIRED
+    assert isinstance(pair.outcomes["a"], Broken)
+    assert pair.outcomes["close"] is None
+
+
+def test_a_contract_that_cannot_be_read_fails_the_opening(pair: Pair) -> None:
+    assert pair.session.welcome is not None
+    pair.session.welcome.models["sum"] = {"input": {"dtype": "complex64", "shape": [1]}, "heads": []}
+    pair.open()
+    pair.exchange()
+    assert pair.code("open s") is Code.BAD_FRAME
+
+
 def test_a_close_that_was_carried_out_before_the_connection_broke_is_done(pair: Pair, writer: Writer) -> None:
     pair.close(writer, "close")
     pair.deliver_up()
