@@ -1,0 +1,94 @@
+"""The streams' book, where the engine does not show it: expiry and memory of endings under many names."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from recurd.errors import Broken, Code, Refused
+from recurd.streams import Stream, Streams
+
+
+def add(streams: Streams, name: str, now: float = 0.0, idle: float = 10.0, tenant: str = "local") -> Stream:
+    return streams.add(
+        tenant=tenant,
+        name=name,
+        lane=None,
+        slot=0,
+        generation=1,
+        idle_timeout=idle,
+        now=now,  # type: ignore[arg-type]
+    )
+
+
+def test_streams_are_counted_by_tenant() -> None:
+    streams = Streams(1, max_ended=10)
+    ours = add(streams, "s")
+    add(streams, "s", tenant="other")
+
+    assert (len(streams), streams.count("local"), streams.count("other")) == (2, 1, 1)
+    streams.end(ours, Code.CLOSED)
+    assert (len(streams), streams.count("local"), streams.named("local", "s")) == (1, 0, None)
+    assert streams.named("other", "s") is not None
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [(Code.CLOSED, Refused), (Code.EXPIRED, Broken), (Code.FAILED, Broken), (Code.REPLACED, Broken)],
+)
+def test_an_ending_is_told_in_words_with_its_code(code: Code, kind: type[Exception]) -> None:
+    streams = Streams(1, max_ended=10)
+    ended = streams.end(add(streams, "pump-17"), code)
+
+    error = ended.error()
+    assert isinstance(error, kind)
+    assert error.code is code
+    assert "pump-17" in str(error)
+
+
+def test_the_memory_of_a_name_is_its_last_life() -> None:
+    streams = Streams(1, max_ended=2)
+    for code in (Code.CLOSED, Code.EXPIRED, Code.FAILED):
+        streams.end(add(streams, "s"), code)
+
+    ending = streams.ending("local", "s")
+    assert ending is not None
+    assert ending.code is Code.FAILED
+
+
+def test_without_any_memory_of_endings_all_is_simply_unknown() -> None:
+    streams = Streams(1, max_ended=0)
+    assert streams.end(add(streams, "s"), Code.EXPIRED).code is Code.EXPIRED
+    assert streams.ending("local", "s") is None
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["open", "record", "close", "wait"]), st.integers(0, 9), st.integers(1, 30)),
+        max_size=120,
+    )
+)
+@settings(max_examples=200, deadline=None)
+def test_streams_expire_exactly_when_they_were_idle_for_their_time_out(
+    acts: list[tuple[str, int, int]],
+) -> None:
+    streams, now = Streams(1, max_ended=5), 0.0
+    alive: dict[str, Stream] = {}
+    for act, number, seconds in acts:
+        name = f"s{number}"
+        if act == "open" and name not in alive:
+            alive[name] = add(streams, name, now, float(seconds))
+        elif act == "record" and name in alive:
+            alive[name].last_seen = now
+        elif act == "close" and name in alive:
+            streams.end(alive.pop(name), Code.CLOSED)
+        elif act == "wait":
+            now += seconds / 3
+        due = {n for n, s in alive.items() if s.last_seen + s.idle_timeout <= now}
+        expired = streams.expired(now)
+        assert {s.name for s in expired} == due
+        for s in expired:
+            streams.end(alive.pop(s.name), Code.EXPIRED)
+        times = [s.last_seen + s.idle_timeout for s in alive.values()]
+        deadline = streams.deadline()
+        assert not times or (deadline is not None and deadline <= min(times)), "never asked too late"
+        assert len(streams) == len(alive)
