@@ -77,7 +77,7 @@ def export(factory: str, weights: Path | None, out: Path, example: Any, dtype: s
         report = run(model, given, out, version=version, progress=step, **options)
         step.finish()
     if as_json:
-        sys.stdout.buffer.write(msgspec.json.format(msgspec.json.encode(report)) + b"\n")
+        sys.stdout.buffer.write(msgspec.json.format(msgspec.json.encode(report, enc_hook=str)) + b"\n")
     else:
         click.echo(report)
 

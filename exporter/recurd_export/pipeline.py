@@ -41,7 +41,7 @@ from recurd.verify import (
     together,
 )
 from recurd_export.errors import ExportError
-from recurd_export.publish import unpublished
+from recurd_export.publish import check_target, unpublished
 from recurd_export.pytorch import convert, hoist, layout, rewrite, steps, trace
 from recurd_export.pytorch.layout import Layout, Recurrence
 from recurd_export.pytorch.outputs import HeadLayout
@@ -78,6 +78,7 @@ def export(model: nn.Module, example: Any, path: Path, facts: Facts, progress: P
     started = time.monotonic()
     if not facts.name:
         raise ExportError("the model's name is empty")
+    check_target(path)
     model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         progress(STAGES[0])

@@ -11,6 +11,19 @@ import onnx
 from recurd_export.errors import ExportError
 
 
+def check_target(path: Path) -> None:
+    """Refuse at once, with :class:`ExportError`, a path that could not be written or would not be read."""
+    if not path.parent.is_dir():
+        raise ExportError(f"{path}: cannot be written: there is no directory {path.parent}")
+    if path.is_dir():
+        raise ExportError(f"{path}: cannot be written: it is a directory")
+    sidecar = path.with_suffix(".contract.json")
+    if sidecar.exists():
+        raise ExportError(
+            f"{path}: the contract in {sidecar.name} beside it would be taken instead of its own; remove it"
+        )
+
+
 @contextlib.contextmanager
 def unpublished(model: onnx.ModelProto, path: Path) -> Iterator[Path]:
     """Write the model beside ``path`` under a temporary name; on leaving without an error it becomes ``path``.

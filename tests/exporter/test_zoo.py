@@ -161,6 +161,14 @@ class Zeros(Plain):
         return self.linear(y)
 
 
+class ZerosByLen(Zeros):
+    """len() makes Python ask for a plain number."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.zeros(1, len(x), 6)
+        return self.linear(self.rnn(x, (h, h))[0])
+
+
 class Learned(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -413,6 +421,7 @@ ZOO: dict[str, Case] = {
         nodes=2,
     ),
     "explicit zeros": Case(Zeros),
+    "explicit zeros by len": Case(ZerosByLen),
     "learned initial states": Case(Learned, nodes=3),
     "one module twice": Case(Twice, nodes=2),
     "residual": Case(Residual, torch.zeros(2, 16, 2, 3), nodes=3),
@@ -514,10 +523,7 @@ def test_padded_rows_give_what_each_gives_alone(exported: Callable[[str], Export
     for row, steps in enumerate(lengths):
         alone = x[row : row + 1, :steps].copy()
         _, alone_states = found.plain.run(alone, found.plain.initial(1))
-        expected = {
-            name: value.reshape(1, *value.shape[-(value.ndim - 1) :]) if value.ndim else value
-            for name, value in found.torch_heads(alone).items()
-        }
+        expected = found.torch_heads(alone)
         got = {name: v[row : row + 1, :steps] if per[name] == "step" else v[row : row + 1] for name, v in heads.items()}
         _assert_heads({name: value.reshape(got[name].shape) for name, value in expected.items()}, got)
         for state, axis in axes.items():
@@ -614,6 +620,10 @@ def test_learned_initial_states_are_in_the_contract(exported: Callable[[str], Ex
     np.testing.assert_array_equal(values["rnn.h_l1"], found.model.h0[1].detach().numpy())
     np.testing.assert_array_equal(values["gru.h_l0"], np.full((1, 6), 0.5, np.float32))
     assert [layer.initial for layer in found.report.hoisted] == ["learned", "learned"]
+
+    kept = exported("keeps learned states")
+    start = kept.model.start[0].detach().numpy()
+    np.testing.assert_array_equal(kept.report.contract.states[1].initial_array(), start)
 
 
 def test_the_golden_run_has_ragged_rows(exported: Callable[[str], Exported]) -> None:

@@ -64,6 +64,8 @@ def quiet() -> Iterator[None]:
             warnings.filterwarnings("ignore", "`isinstance\\(treespec, LeafSpec\\)`", FutureWarning)
             # Said of states kept in attributes, which are hoisted, and of weights computed anew at every call.
             warnings.filterwarnings("ignore", "The tensor attributes? .* assigned during export", UserWarning)
+            # Said of our own noting down of the next states.
+            warnings.filterwarnings("ignore", "While compiling, we found certain side effects", UserWarning)
             yield
     finally:
         logger.setLevel(level)

@@ -29,14 +29,17 @@ def trace(model: nn.Module, hoisted: Hoisted) -> ExportedProgram:
     try:
         return _trace(hoisted, Dim("batch"), Dim("time"))
     except Exception as error:  # torch raises many types, and user code any
-        conditions = _conditions(error)
-        if not conditions or not all(map(_always_true, conditions)):
-            raise _refusal(model, hoisted, error, conditions) from error
-    # Conditions that are true for all sizes, though torch cannot tell: trace again without its insisting on them.
+        first, conditions = error, _conditions(error)
     try:
-        return _trace(hoisted, Dim.DYNAMIC, Dim.DYNAMIC)
+        if conditions and all(map(_always_true, conditions)):
+            # True for all sizes, though torch cannot tell: once more, without its insisting.
+            return _trace(hoisted, Dim.DYNAMIC, Dim.DYNAMIC)
+        if "specialized it to be a constant" in str(first):
+            # Where Python asked for a plain number, as len(x) does, torch's compiler follows and its tracer does not.
+            return _trace(hoisted, Dim("batch"), Dim("time"), strict=True)
     except Exception as error:
-        raise _refusal(model, hoisted, error, []) from error
+        raise _refusal(model, hoisted, error, _conditions(error)) from error
+    raise _refusal(model, hoisted, first, conditions) from first
 
 
 def _refusal(model: nn.Module, hoisted: Hoisted, error: Exception, conditions: list[str]) -> ExportError:
@@ -58,7 +61,7 @@ def _refusal(model: nn.Module, hoisted: Hoisted, error: Exception, conditions: l
     )
 
 
-def _trace(hoisted: Hoisted, batch: Any, time: Any) -> ExportedProgram:
+def _trace(hoisted: Hoisted, batch: Any, time: Any, *, strict: bool = False) -> ExportedProgram:
     layout = hoisted.layout
     x = layout.arguments.random(BATCH, STEPS, 0)
     lengths = torch.full((BATCH,), STEPS, dtype=torch.int32)
@@ -67,7 +70,7 @@ def _trace(hoisted: Hoisted, batch: Any, time: Any) -> ExportedProgram:
     ]
     dynamic = {"input": {0: batch, 1: time}, "lengths": {0: batch}, "states": tuple({1: batch} for _ in states)}
     with contextlib.redirect_stderr(io.StringIO()):  # a failed trace prints its graph; the error says what is wrong
-        return torch.export.export(hoisted, (x, lengths, *states), dynamic_shapes=dynamic, strict=False)
+        return torch.export.export(hoisted, (x, lengths, *states), dynamic_shapes=dynamic, strict=strict)
 
 
 def _conditions(error: Exception) -> list[str]:

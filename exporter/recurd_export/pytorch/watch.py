@@ -22,6 +22,7 @@ class Passage:
     """One call of a module without children: shapes of what went in, and what came out."""
 
     layer: str
+    recurrent: bool
     inputs: tuple[tuple[int, ...], ...]
     outputs: tuple[Tensor, ...]
 
@@ -211,7 +212,7 @@ class _Recorder:
             if next(module.children(), None) is None:
                 shapes = tuple(tuple(t.shape) for t in tensors(args))
                 given = tuple(t.detach().clone() for t in tensors(output))
-                self.passages.append(Passage(label(path, module), shapes, given))
+                self.passages.append(Passage(label(path, module), isinstance(module, nn.RNNBase), shapes, given))
 
         return hook
 
