@@ -4,10 +4,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from recurrent import Network
 
 from recurd.errors import DeviceError
 from recurd.model import Model, resolve_device
+from recurrent import Network
 
 pytestmark = pytest.mark.gpu
 
