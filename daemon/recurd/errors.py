@@ -145,7 +145,7 @@ class Refused(RecurdError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """So that it can leave a worker process: the default would call ``Refused`` with its one-line text alone."""
-        details = {
+        details: dict[str, Any] = {
             "expected": self.expected,
             "generation": self.generation,
             "retry_after_seconds": self.retry_after_seconds,
