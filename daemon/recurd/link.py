@@ -87,7 +87,7 @@ class Link:
             return
         self._socket, self._monitor = socket, monitor
         self._session.connected(now)
-        self._watch([socket.getsockopt(zmq.FD), monitor.getsockopt(zmq.FD)])
+        self._watch([socket.fileno(), monitor.fileno()])
 
     def _drop(self) -> None:
         socket, monitor = self._socket, self._monitor

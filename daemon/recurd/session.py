@@ -196,10 +196,10 @@ class Session:
             self._control.append(writer.open_frame(request_id, now))
         else:
             records.extend(writer.records_to_send(now))
-            request_id = self._last_request_id + 1
-            if close := writer.close_frame(request_id, now):
-                self._requests[self._request_id()] = writer
-                self._control.append(close)
+            if writer.close_is_due:
+                request_id = self._request_id()
+                self._requests[request_id] = writer
+                self._control.append(writer.close_frame(request_id, now))
 
     # --- time ---
 

@@ -219,18 +219,19 @@ class Writer:
         )
         return header, payload.data
 
-    def close_frame(self, request_id: int, now: float) -> bytes | None:
-        """The CLOSE, when one is wanted and its time has come. Nothing may be in flight: a record could come back."""
-        backlog = self.backlog
-        if not self._close_tokens or self.phase is not Phase.ATTACHED or self._closing:
-            return None
-        if backlog.in_flight or backlog.waiting or backlog.errors_to_come:
-            return None
+    @property
+    def close_is_due(self) -> bool:
+        """Whether a CLOSE is wanted and its time has come. Nothing may be in flight before: it could come back."""
+        if not self._close_tokens or self._closing or self.phase is not Phase.ATTACHED:
+            return False
+        return not (self.backlog.in_flight or self.backlog.waiting or self.backlog.errors_to_come)
+
+    def close_frame(self, request_id: int, now: float) -> bytes:
+        """The CLOSE."""
         self._closing = True
         self.progress_at = now
-        return wire.pack(
-            wire.Type.CLOSE, generation=backlog.generation, handle=self.handle, seq=request_id, ack=backlog.last_seq
-        )
+        generation, ack = self.backlog.generation, self.backlog.last_seq
+        return wire.pack(wire.Type.CLOSE, generation=generation, handle=self.handle, seq=request_id, ack=ack)
 
     def send_again(self, now: float, max_stall_seconds: float) -> None:
         """Nothing that was sent before will be answered any more: send it once again."""

@@ -487,13 +487,14 @@ client.close()
     assert (result.stderr, result.returncode) == ("", 0)
 
 
-def test_importing_recurd_loads_nothing_heavy_and_connecting_only_zmq_numpy_and_msgspec() -> None:
+def test_importing_recurd_loads_nothing_and_a_client_needs_only_zmq_numpy_and_msgspec() -> None:
     script = """
 import sys, recurd
 assert not {"zmq", "numpy", "onnx"} & set(sys.modules), "recurd alone"
 recurd.connect
 recurd.aio.connect
-print(*sorted({"zmq", "numpy", "msgspec", "onnx", "onnxruntime", "torch", "prometheus_client", "structlog", "click"}
+import recurd.cli.stream
+print(*sorted({"zmq", "numpy", "msgspec", "onnx", "onnxruntime", "torch", "prometheus_client", "structlog"}
     & set(sys.modules)))
 """
     environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}

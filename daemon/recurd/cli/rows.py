@@ -68,7 +68,8 @@ class _Reader:
             raise self._error(f"{value!r} is not a {wanted} number{self._where(column)}")
         if self._classes is not None and not 0 <= value < self._classes:
             raise self._error(f"{value} is not in [0, {self._classes}){self._where(column)}")
-        return value
+        number: Number = value
+        return number
 
     def _is_number(self, value: Any) -> bool:
         if isinstance(value, float):
