@@ -5,6 +5,7 @@ import json
 import signal
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import numpy as np
 import pytest
 
 from recurd import contract
-from recurd_export.demo import data
+from recurd_export.demo import data, streaming
+from recurd_export.demo.report import Files, judge
 
 COMMAND = [sys.executable, "-m", "recurd", "demo", "--data", "basic-motions"]
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -60,6 +62,41 @@ def test_the_daemon_answers_as_the_trained_model_does(report: dict[str, Any]) ->
     assert result["accuracy_daemon"] == pytest.approx(result["accuracy_offline"], abs=1 / RECORDINGS)
     assert result["accuracy_daemon"] >= 0.85
     assert result["step_accuracy_daemon"] >= 0.7
+
+
+def test_an_answer_that_is_off_is_no_agreement(report: dict[str, Any], out: Path) -> None:
+    _, described = contract.load(report["results"][0]["model"])
+    motions = data.load("basic-motions")
+    offline = [np.full((len(series.values), 4), 0.25, np.float32) for series in motions.test]
+    script = streaming.Script(model=motions.name, stream="watch-1", order=(7, 3), cuts=((0, STEPS), (0, STEPS)))
+    wrong = offline[3].copy()
+    wrong[50, 1] += 1e-3
+
+    right, off = (
+        judge(
+            motions,
+            described,
+            Files.below(out, motions.name),
+            [streaming.Outcome(script, (offline[7], answer), (0.001, 0.001), 1)],
+            offline,
+        )
+        for answer in (offline[3], wrong)
+    )
+
+    assert right.agrees
+    assert not off.agrees
+    assert off.largest_difference == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_chunks_are_ragged_and_leave_no_step_out() -> None:
+    motions = data.load("basic-motions")
+
+    scripts = streaming.write_scripts(motions, np.random.default_rng(0))
+
+    chunks = {end - start for script in scripts for cuts in script.cuts for start, end in pairwise(cuts)}
+    assert {1, 2, 7} < chunks <= set(range(1, 26))
+    assert sorted(index for script in scripts for index in script.order) == sorted([*range(RECORDINGS)] * ROUNDS)
+    assert {(cuts[0], cuts[-1]) for script in scripts for cuts in script.cuts} == {(0, STEPS)}
 
 
 def test_every_recording_was_streamed_and_the_daemon_counted_what_was_sent(report: dict[str, Any]) -> None:

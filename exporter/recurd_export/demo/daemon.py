@@ -101,7 +101,7 @@ def _wait_until_ready(process: subprocess.Popen[bytes], notices: socket.socket, 
                 break
     else:
         raise RecurdError(f"the daemon was not ready within {_START_SECONDS:g} s; its log is {log}")
-    last = log.read_text(errors="replace").strip().rpartition("\n")[2]
+    last = log.read_text(errors="replace").strip().rpartition("\n")[2].removeprefix("recurd: ")
     raise RecurdError(f"the daemon did not start (exit code {process.returncode}): {last}")
 
 

@@ -6,7 +6,7 @@ A stream is one sensor that records one series after another, with a reset betwe
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from itertools import pairwise
 
 import msgspec
@@ -88,41 +88,56 @@ def play(
     ``recordings`` by model. Raises what the client raises; then, and on Ctrl-C, the other threads stop too.
     """
     stop = threading.Event()
-    with ThreadPoolExecutor(connections, thread_name_prefix="connection") as pool:
+    connected = [_Connection(endpoint, scripts[n::connections], recordings, seed + n) for n in range(connections)]
+    # Daemon threads, because an interrupt can come while one is being started, which then is known to nobody.
+    threads = [threading.Thread(target=one.run, args=(advance, stop), daemon=True) for one in connected]
+    try:
+        for thread in threads:
+            thread.start()
+        return [outcome for one in connected for outcome in one.outcomes.result()]
+    finally:
+        stop.set()
+        for thread in threads:
+            if thread.is_alive():
+                thread.join()
+
+
+class _Connection:
+    """One connection and whose turn it is on it, which is left to chance. ``outcomes`` is resolved at the end."""
+
+    def __init__(
+        self, endpoint: str, scripts: Sequence[Script], recordings: dict[str, tuple[Series, ...]], seed: int
+    ) -> None:
+        self.outcomes: Future[list[Outcome]] = Future()
+        self._endpoint = endpoint
+        self._scripts = scripts
+        self._recordings = recordings
+        self._random = np.random.default_rng(seed)
+
+    def run(self, advance: Callable[[int], None], stop: threading.Event) -> None:
+        """Play all scripts, or until told to stop; on a thread of its own."""
         try:
-            running = [
-                pool.submit(_play, endpoint, scripts[part::connections], recordings, seed + part, advance, stop)
-                for part in range(connections)
+            self.outcomes.set_result(self._play(advance, stop))
+        except Exception as error:
+            self.outcomes.set_exception(error)
+
+    def _play(self, advance: Callable[[int], None], stop: threading.Event) -> list[Outcome]:
+        with recurd.connect(self._endpoint) as client:
+            players = [
+                Player(
+                    client.open(script.stream, model=script.model, mode="new"), script, self._recordings[script.model]
+                )
+                for script in self._scripts
             ]
-            return [outcome for future in running for outcome in future.result()]
-        finally:
-            stop.set()
-
-
-def _play(
-    endpoint: str,
-    scripts: Sequence[Script],
-    recordings: dict[str, tuple[Series, ...]],
-    seed: int,
-    advance: Callable[[int], None],
-    stop: threading.Event,
-) -> list[Outcome]:
-    """One connection: whose turn it is, is left to chance."""
-    random = np.random.default_rng(seed)
-    with recurd.connect(endpoint) as client:
-        players = [
-            Player(client.open(script.stream, model=script.model, mode="new"), script, recordings[script.model])
-            for script in scripts
-        ]
-        playing = list(players)
-        while playing and not stop.is_set():
-            number = int(random.integers(len(playing)))
-            steps = playing[number].send_next()
-            advance(steps)
-            if not steps:
-                playing.pop(number)
-    # The connection is closed: what its thread had to note down about the last answers stands there.
-    return [player.outcome() for player in players]
+            playing = list(players)
+            while playing and not stop.is_set():
+                number = int(self._random.integers(len(playing)))
+                steps = playing[number].send_next()
+                advance(steps)
+                if not steps:
+                    playing.pop(number)
+        # The connection is closed: what its thread had to note down about the last answers stands there.
+        return [player.outcome() for player in players]
 
 
 class Player:
