@@ -22,8 +22,12 @@ from recurd.errors import ContractError
 
 FORMAT = 1
 METADATA_KEY = "recurd.contract"
+#: Element types of heads: what the protocol carries (wire.Dtype).
+HEAD_DTYPES = ("float32", "int64", "float16", "float64", "int32")
 
 Array = npt.NDArray[Any]
+#: Sizes of a tensor's axes; ``None`` for batch and time.
+Shape = tuple[int | None, ...]
 
 
 class Tensor(msgspec.Struct, frozen=True):
@@ -206,7 +210,9 @@ def load(path: str | Path) -> tuple[onnx.ModelProto, Contract]:
         raise ContractError(f"{path}: not a valid ONNX model: {_first_line(error)}") from error
     try:
         contract = msgspec.json.decode(_contract_text(path, model), type=Contract)
-    except msgspec.MsgspecError as error:
+    except OSError as error:
+        raise ContractError(f"{path}: its contract cannot be read: {error.strerror}") from error
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise ContractError(f"{path}: its contract cannot be read: {error}") from error
     if contract.format != FORMAT:
         raise ContractError(f"{path}: contract format {contract.format} is not known here, only {FORMAT}")
@@ -243,12 +249,12 @@ def check(model: onnx.ModelProto, contract: Contract) -> None:
     inputs = {v.name: v for v in model.graph.input if v.name not in initializers}
     outputs = {v.name: v for v in model.graph.output}
     expected_inputs = {
-        contract.input.name: (contract.input.dtype, 2 + len(contract.input.shape)),
-        contract.lengths: ("int32", 1),
-    } | {s.name: (s.dtype, 1 + len(s.shape)) for s in contract.states}
-    expected_outputs = {h.name: (h.dtype, (2 if h.per == "step" else 1) + len(h.shape)) for h in contract.heads} | {
-        s.output: (s.dtype, 1 + len(s.shape)) for s in contract.states
-    }
+        contract.input.name: (contract.input.dtype, (None, None, *contract.input.shape)),
+        contract.lengths: ("int32", (None,)),
+    } | {s.name: (s.dtype, _batched(s)) for s in contract.states}
+    expected_outputs = {
+        h.name: (h.dtype, (None, None, *h.shape) if h.per == "step" else (None, *h.shape)) for h in contract.heads
+    } | {s.output: (s.dtype, _batched(s)) for s in contract.states}
     _check_side("input", inputs, expected_inputs)
     _check_side("output", outputs, expected_outputs)
     found = weights_sha256(model)
@@ -263,6 +269,9 @@ def _check_values(contract: Contract) -> None:
         raise ContractError("the contract names no head")
     if not contract.states:
         raise ContractError("the contract names no state; a model without state needs no recurd")
+    for head in contract.heads:
+        if head.dtype not in HEAD_DTYPES:
+            raise ContractError(f"head '{head.name}' is {head.dtype}, heads are {', '.join(HEAD_DTYPES)}")
     for state in contract.states:
         if not 0 <= state.batch_axis <= len(state.shape):
             raise ContractError(f"state '{state.name}': batch axis {state.batch_axis} is outside its shape")
@@ -277,15 +286,25 @@ def _check_values(contract: Contract) -> None:
             )
 
 
-def _check_side(side: str, found: Mapping[str, onnx.ValueInfoProto], expected: Mapping[str, tuple[str, int]]) -> None:
+def _batched(state: State) -> Shape:
+    return (*state.shape[: state.batch_axis], None, *state.shape[state.batch_axis :])
+
+
+def _check_side(side: str, found: Mapping[str, onnx.ValueInfoProto], expected: Mapping[str, tuple[str, Shape]]) -> None:
     if found.keys() != expected.keys():
         missing = sorted(expected.keys() - found.keys())
         unexpected = sorted(found.keys() - expected.keys())
         raise ContractError(f"the model's {side}s are not the contract's (missing {missing}, unexpected {unexpected})")
-    for name, (dtype, rank) in expected.items():
+    for name, (dtype, shape) in expected.items():
         tensor = found[name].type.tensor_type
         found_dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name
         if found_dtype != dtype:
             raise ContractError(f"{side} '{name}' is {found_dtype}, the contract says {dtype}")
-        if tensor.HasField("shape") and len(tensor.shape.dim) != rank:
-            raise ContractError(f"{side} '{name}' has {len(tensor.shape.dim)} axes, the contract says {rank}")
+        if not tensor.HasField("shape"):
+            continue
+        if len(tensor.shape.dim) != len(shape):
+            raise ContractError(f"{side} '{name}' has {len(tensor.shape.dim)} axes, the contract says {len(shape)}")
+        for axis, (dim, size) in enumerate(zip(tensor.shape.dim, shape, strict=True)):
+            # Batch and time are left to the graph: exporters leave sizes there that do not bind it.
+            if size is not None and dim.HasField("dim_value") and dim.dim_value != size:
+                raise ContractError(f"{side} '{name}' has {dim.dim_value} on axis {axis}, the contract says {size}")

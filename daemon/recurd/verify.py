@@ -209,6 +209,8 @@ def check_golden(runner: Runner, proof: Proof, slots: int) -> Check:
     """Replay the golden run, in ticks of at most ``slots`` rows."""
     golden = proof.golden
     rows, lengths = golden.input.array(), golden.lengths.array()
+    if not len(rows):
+        raise ValueError("it is empty")
     heads = runner.contract.heads
     per_step = {head.name for head in heads if head.per == "step"}
     expected: dict[str, list[Array]] = {name: [] for name in (*golden.outputs, *golden.states)}
@@ -241,7 +243,12 @@ def replay_golden(model: "Model") -> float | None:
     proof = model.contract.proof
     if proof is None:
         return None
-    check = check_golden(model, proof, model.slots)
+    try:
+        check = check_golden(model, proof, model.slots)
+    except Exception as error:  # whatever a proof that is not the model's own makes numpy and the runtime raise
+        text = str(error).strip().split("\n")[0]
+        name = model.contract.name
+        raise ContractError(f"the golden run of model '{name}' cannot be replayed: {text or type(error)}") from error
     if not check.ok:
         raise ContractError(f"model '{model.contract.name}' does not give its golden results: {describe(check)}")
     return check.error
