@@ -39,7 +39,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     max_stall_seconds: float = 60.0
     #: Pause before a connection is made anew: the first, and the longest it doubles to while none holds.
     reconnect_seconds: float = 0.05
-    max_reconnect_seconds: float = 2.0
+    max_reconnect_seconds: float = 1.0
 
 
 class _State(Enum):
