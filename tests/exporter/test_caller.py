@@ -3,10 +3,10 @@
 import copy
 import logging
 import os
+import random
 import stat
 import subprocess
 import sys
-import threading
 import warnings
 from pathlib import Path
 from typing import Any
@@ -67,16 +67,21 @@ def test_the_module_is_left_as_it_was(tmp_path: Path, training: bool) -> None:
 
 
 def test_the_state_of_the_random_generators_is_left_as_it_was(tmp_path: Path) -> None:
-    torch.manual_seed(5)
-    np.random.seed(5)
-    before, numpy_before = torch.get_rng_state(), np.random.get_state()[1].copy()
+    model = nn.GRU(3, 4, 2, batch_first=True, dropout=0.5)
+    before, numpy_before, python_before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
 
-    recurd_export.export(nn.GRU(3, 4, batch_first=True), torch.zeros(1, 2, 3), tmp_path / "m.onnx")
+    recurd_export.export(model, torch.zeros(1, 2, 3), tmp_path / "m.onnx")
 
-    torch.manual_seed(5)
-    nn.GRU(3, 4, batch_first=True)
-    assert before.shape == torch.get_rng_state().shape
-    assert (numpy_before == np.random.get_state()[1]).all()
+    assert torch.equal(torch.get_rng_state(), before)
+    assert (np.random.get_state()[1] == numpy_before).all()
+    assert random.getstate() == python_before
+
+
+def test_export_works_in_inference_mode(tmp_path: Path) -> None:
+    with torch.inference_mode():
+        recurd_export.export(Net(), torch.zeros(1, 2, 5), tmp_path / "m.onnx")
+
+    assert (tmp_path / "m.onnx").exists()
 
 
 def test_modes_of_the_process_are_left_as_they_were(tmp_path: Path) -> None:
@@ -103,7 +108,7 @@ def test_a_model_that_writes_to_its_input_does_not_write_to_the_example(tmp_path
 
 def test_exports_in_one_process_do_not_disturb_each_other(tmp_path: Path, plain_run: Any) -> None:
     model = nn.LSTM(3, 4, batch_first=True).eval()
-    for number in range(3):
+    for number in range(2):
         path = tmp_path / f"m{number}.onnx"
         recurd_export.export(model, torch.zeros(2, 5 + number, 3), path, name="m")
         plain = plain_run(path)
@@ -111,20 +116,7 @@ def test_exports_in_one_process_do_not_disturb_each_other(tmp_path: Path, plain_
         with torch.no_grad():
             np.testing.assert_allclose(plain.run(x.numpy(), plain.initial(4))[0]["output"], model(x)[0], atol=1e-6)
 
-    assert len({(tmp_path / f"m{number}.onnx").read_bytes() for number in range(3)}) == 1
-
-
-def test_export_says_nothing_of_its_own(tmp_path: Path) -> None:
-    script = (
-        "import sys, torch, warnings; warnings.simplefilter('error'); import recurd_export\n"
-        "recurd_export.export(torch.nn.GRU(3, 4, batch_first=True), torch.zeros(1, 2, 3), sys.argv[1])"
-    )
-
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path / "m.onnx")], capture_output=True, text=True, check=False
-    )
-
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert len({(tmp_path / f"m{number}.onnx").read_bytes() for number in range(2)}) == 1
 
 
 def test_importing_the_exporter_imports_no_torch() -> None:
@@ -219,20 +211,3 @@ def test_progress_names_every_stage_in_order(tmp_path: Path) -> None:
     )
 
     assert told == list(pipeline.STAGES)
-
-
-def test_export_works_beside_other_threads(tmp_path: Path) -> None:
-    caught: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            recurd_export.export(nn.GRU(3, 4, batch_first=True), torch.zeros(1, 2, 3), tmp_path / "m.onnx")
-        except BaseException as error:
-            caught.append(error)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join(60)
-
-    assert not thread.is_alive()
-    assert caught == []
