@@ -21,7 +21,7 @@ _KEPT_LINES = 20
 
 
 class Child:
-    """A running daemon. ``endpoint`` is the address it bound, ``exit_code`` how it ended."""
+    """A running daemon. ``endpoint`` is the address it bound."""
 
     def __init__(self, process: subprocess.Popen[str], endpoint: str) -> None:
         self._process = process
@@ -31,11 +31,6 @@ class Child:
     def pid(self) -> int:
         """Its process id."""
         return self._process.pid
-
-    @property
-    def exit_code(self) -> int | None:
-        """Its exit status; ``None`` while it runs."""
-        return self._process.poll()
 
     def cpu_seconds(self) -> float | None:
         """CPU time it has used so far, of all its threads; ``None`` where the system does not tell."""
