@@ -55,9 +55,10 @@ def export(
         ExportError: the model cannot be exported, or its file does not do the same; nothing is left at ``path``.
     """
     from recurd_export import pipeline  # torch and onnx take seconds to import
+    from recurd_export.pytorch.describe import Facts
 
     target = Path(path)
-    facts = pipeline.Facts(
+    facts = Facts(
         name=target.stem if name is None else name,
         version=version,
         features=tuple(features),

@@ -7,20 +7,18 @@ with ``reference``), give it its final name (``publish``).
 
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
 import onnx
-import onnxscript
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from recurd import contract as contracts
-from recurd import wire
-from recurd.contract import Contract, Golden, Head, Input, Proof, Source, State
+from recurd.contract import Contract, Golden, Proof
 from recurd.contract import Tensor as Stored
 from recurd.model import Model
 from recurd.verify import (
@@ -43,10 +41,10 @@ from recurd.verify import (
 from recurd_export.errors import ExportError
 from recurd_export.publish import check_target, unpublished
 from recurd_export.pytorch import convert, hoist, layout, rewrite, steps, trace
-from recurd_export.pytorch.layout import Layout, Recurrence
-from recurd_export.pytorch.outputs import HeadLayout
+from recurd_export.pytorch.describe import Facts, describe_layer, describe_model, notes
+from recurd_export.pytorch.layout import Layout
 from recurd_export.pytorch.reference import Reference, returns_state_arguments
-from recurd_export.report import Layer, Report
+from recurd_export.report import Report
 from recurd_export.session import Session
 
 #: Rows, steps and most elements of any tensor of a golden run.
@@ -60,17 +58,6 @@ MAX_RTOL = 0.05
 #: Told the name of each stage as it begins.
 Progress = Callable[[str], None]
 STAGES = ("look at the model", "trace", "check time steps", "convert", "verify", "write")
-
-
-class Facts(msgspec.Struct, frozen=True, kw_only=True):
-    """What only the caller can know about the model."""
-
-    name: str
-    version: str = "1"
-    features: tuple[str, ...] = ()
-    units: tuple[str, ...] = ()
-    labels: dict[str, tuple[str, ...]] = {}
-    sample_rate_hz: float | None = None
 
 
 def export(model: nn.Module, example: Any, path: Path, facts: Facts, progress: Progress) -> Report:
@@ -91,7 +78,7 @@ def export(model: nn.Module, example: Any, path: Path, facts: Facts, progress: P
         rewrite.settle(program)
         steps.check(program, found)
         progress(STAGES[3])
-        contract = _describe_model(model, found, program, facts)
+        contract = describe_model(model, found, program, facts)
         proto = _convert(program, contract)
         contract = msgspec.structs.replace(contract, weights_sha256=contracts.weights_sha256(proto))
         progress(STAGES[4])
@@ -102,13 +89,13 @@ def export(model: nn.Module, example: Any, path: Path, facts: Facts, progress: P
         with unpublished(proto, path) as temporary:
             # The very bytes that get the final name, by the daemon's own way of reading them.
             checks.append(_hold(check_golden(Model.load(temporary, slots=len(RAGGED), threads=1), proof, len(RAGGED))))
-    hoisted_layers = tuple(_layer(recurrence) for recurrence in found.recurrences)
+    hoisted_layers = tuple(describe_layer(recurrence) for recurrence in found.recurrences)
     return Report(
         path=path,
         contract=contract,
         hoisted=hoisted_layers,
         checks=tuple(checks),
-        notes=tuple(_notes(found, contract)),
+        notes=tuple(notes(found, contract)),
         bytes=path.stat().st_size,
         seconds=time.monotonic() - started,
     )
@@ -120,79 +107,6 @@ def _convert(program: torch.export.ExportedProgram, contract: Contract) -> onnx.
     proto = convert.to_onnx(program, inputs, outputs)
     convert.finish(proto, contract)
     return proto
-
-
-def _describe_model(model: nn.Module, found: Layout, program: torch.export.ExportedProgram, facts: Facts) -> Contract:
-    """The contract, as yet without hash and proof."""
-    names = [head.name for head in found.heads]
-    for name in facts.labels:
-        if name not in names:
-            raise ExportError(f"labels are given for '{name}', but the heads are {', '.join(names)}")
-    outputs: Any = program.graph_module.graph.output_node().args[0]
-    values = [node.meta["val"] for node in outputs[: len(found.heads)]]
-    return Contract(
-        name=facts.name,
-        version=facts.version,
-        input=_input(found, facts),
-        heads=tuple(_head(head, value, facts) for head, value in zip(found.heads, values, strict=True)),
-        states=tuple(state for recurrence in found.recurrences for state in _states(recurrence)),
-        causal=found.causal,
-        source=Source(
-            framework="torch",
-            versions={"torch": str(torch.__version__), "onnx": onnx.__version__, "onnxscript": onnxscript.__version__},
-            model=f"{type(model).__module__}.{type(model).__qualname__}",
-        ),
-        weights_sha256="",
-    )
-
-
-def _input(found: Layout, facts: Facts) -> Input:
-    arguments = found.arguments
-    described = Input(
-        dtype="int64" if arguments.dtype == "int64" else "float32",
-        shape=arguments.step_shape,
-        features=facts.features,
-        units=facts.units,
-        sample_rate_hz=facts.sample_rate_hz,
-        classes=arguments.classes,
-    )
-    for what, names in (("features", facts.features), ("units", facts.units)):
-        if names and len(names) != described.width:
-            raise ExportError(f"{len(names)} {what} are named, but a step of the input has {described.width}")
-    return described
-
-
-def _head(head: HeadLayout, value: Tensor, facts: Facts) -> Head:
-    shape = value.shape[2 if head.per == "step" else 1 :]
-    if not all(isinstance(size, int) for size in shape):
-        raise ExportError(
-            f"head '{head.name}' has the shape {list(value.shape)}, which is not fixed but for batch and time"
-        )
-    dtype = str(value.dtype).removeprefix("torch.")
-    if dtype not in wire.DTYPES:
-        raise ExportError(f"head '{head.name}' is {dtype}; a head must be one of {', '.join(wire.DTYPES)}")
-    labels = facts.labels.get(head.name, ())
-    described = Head(name=head.name, dtype=dtype, shape=tuple(shape), per=head.per, labels=labels)
-    if labels and len(labels) != described.width:
-        raise ExportError(
-            f"{len(labels)} labels are given for head '{head.name}', which has {described.width} elements"
-        )
-    return described
-
-
-def _states(recurrence: Recurrence) -> Sequence[State]:
-    return [
-        State(
-            name=name,
-            output=f"{name}.next",
-            dtype="float32",
-            shape=(recurrence.directions, recurrence.hidden),
-            batch_axis=1,
-            initial=Stored.of(value[layer]) if value[layer].any() else None,
-        )
-        for layer in range(recurrence.layers)
-        for name, value in zip(recurrence.state_names(layer), recurrence.initial, strict=True)
-    ]
 
 
 def _prove(model: nn.Module, found: Layout, contract: Contract, proto: onnx.ModelProto) -> tuple[Proof, list[Check]]:
@@ -273,31 +187,3 @@ def _golden(session: Session, inputs: Inputs) -> Golden:
         outputs={h.name: Stored.of(output) for h, output in zip(contract.heads, outputs, strict=True)},
         states={s.name: Stored.of(np.moveaxis(states[s.name], 0, s.batch_axis)) for s in contract.states},
     )
-
-
-def _layer(recurrence: Recurrence) -> Layer:
-    return Layer(
-        module=recurrence.name,
-        kind=recurrence.mode,
-        layers=recurrence.layers,
-        directions=recurrence.directions,
-        hidden=recurrence.hidden,
-        initial="learned" if recurrence.learned else "zeros",
-        states=tuple(name for layer in range(recurrence.layers) for name in recurrence.state_names(layer)),
-    )
-
-
-def _notes(found: Layout, contract: Contract) -> Iterator[str]:
-    if not contract.causal:
-        yield (
-            "the model looks ahead: the backward half of a chunk sees that chunk only, so results depend on how a "
-            "stream is cut into chunks"
-        )
-    if found.arguments.time_major:
-        yield "the model's own input is [time, batch, ...]; the exported file takes [batch, time, ...]"
-    if contract.proof is not None and contract.proof.rtol > RTOL:
-        yield f"rounding grows in this model, so relative errors up to {contract.proof.rtol:.1e} are allowed"
-    if found.arguments.drawn:
-        yield "the model does not take any number, so it was verified on steps of the example; give a real one"
-    if contract.input.dtype == "int64" and contract.input.classes is None:
-        yield "how many token ids the model has is not known, so ids out of range will not be refused"

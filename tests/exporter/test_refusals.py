@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,11 @@ class TakesState(nn.Module):
         return y, h * 0.5
 
 
+@dataclass
+class Record:
+    output: Tensor
+
+
 class Keeps(Net):
     def __init__(self, what: str) -> None:
         super().__init__()
@@ -175,6 +181,9 @@ class Keeps(Net):
         if self.what == "count":
             self.count += 1
             return self.rnn(x)[0] + self.count
+        if self.what == "in a record":
+            self.count += 1
+            return Record(self.rnn(x)[0] + self.count)  # type: ignore[return-value]
         if self.what == "dropout":
             return nn.functional.dropout(self.rnn(x)[0], 0.5)
         self.mean.mul_(0.9).add_(0.1 * x.mean((0, 1)))
@@ -273,6 +282,7 @@ OTHERS: dict[str, tuple[Callable[[], nn.Module], Any, str]] = {
     ),
     "memory beside the state": (lambda: Keeps("mean"), EXAMPLE, "keeps more than the states of its recurrent layers"),
     "a counter": (lambda: Keeps("count"), EXAMPLE, "keeps more than the states of its recurrent layers"),
+    "a counter in a record": (lambda: Keeps("in a record"), EXAMPLE, "keeps more than the states of its recurrent"),
     "dropout in eval mode": (lambda: Keeps("dropout"), EXAMPLE, "the model gives something else every time"),
     "a failing forward": (
         lambda: _after(_raise),

@@ -623,6 +623,22 @@ def test_token_ids_have_a_bound(exported: Callable[[str], Exported]) -> None:
     assert exported("tokens").report.contract.input.classes == 11
 
 
+@pytest.mark.parametrize(
+    ("name", "note"),
+    [
+        ("heads of two types", "the heads are of different element types"),
+        ("time-major LSTM", "the model's own input is [time, batch, ...]"),
+        ("takes positive numbers", "the model does not take any number, so it was verified on steps of the example"),
+        ("LSTM both ways, 2 layers", "the model looks ahead"),
+    ],
+)
+def test_the_report_notes_what_one_might_not_expect(exported: Callable[[str], Exported], name: str, note: str) -> None:
+    report = exported(name).report
+
+    assert any(text.startswith(note) for text in report.notes)
+    assert f"note    {note}" in str(report)
+
+
 def test_the_report_tells_what_was_done(exported: Callable[[str], Exported]) -> None:
     text = str(exported("stacked modules").report)
 

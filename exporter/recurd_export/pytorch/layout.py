@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from recurd_export.errors import ExportError
 from recurd_export.pytorch import tree
 from recurd_export.pytorch.arguments import BATCH, OTHER_BATCH, OTHER_STEPS, STEPS, Arguments, read_example
-from recurd_export.pytorch.fresh import fresh_run, run_with
+from recurd_export.pytorch.conduct import check_repeatable, is_choosy
+from recurd_export.pytorch.fresh import run_with
 from recurd_export.pytorch.kept import find_kept
 from recurd_export.pytorch.outputs import HeadLayout, find_outputs
 from recurd_export.pytorch.watch import (
@@ -84,10 +85,10 @@ def find(model: nn.Module, example: Any) -> Layout:
     first = _first_run(model, x, rest)
     _check_state_arguments(model, x, rest)
     arguments = Arguments(
-        x, rest, kept=find_kept(model, (x, *rest)), drawn=_is_choosy(model, x, rest), classes=_classes(x, first)
+        x, rest, kept=find_kept(model, (x, *rest)), drawn=is_choosy(model, x, rest), classes=_classes(x, first)
     )
     arguments, run = _orient(model, arguments, first.calls[0].batch)
-    _check_repeatable(model, arguments)
+    check_repeatable(model, arguments)
     runs = [
         run,
         run_with(model, arguments, arguments.random(OTHER_BATCH, STEPS, 1)),
@@ -143,56 +144,6 @@ def _example_trouble(x: Tensor, error: ForwardError) -> str:
     if isinstance(error.module, nn.RNNBase) and error.module.input_size != x.shape[-1]:
         return f"{what}, but {error.layer} takes {error.module.input_size} features a step: {first_line(error.error)}"
     return f"the model's forward fails on the example in {error}"
-
-
-def _is_choosy(model: nn.Module, x: Tensor, rest: tuple[Any, ...]) -> bool:
-    """Whether the model fails, or gives NaN, on random numbers and not on the example (logarithms, ids as floats).
-
-    Raises :class:`ExportError` for a model that gives NaN on both.
-    """
-    if not x.is_floating_point():
-        return False
-    generator = torch.Generator().manual_seed(0)
-    if not _gives_nan(model, (torch.randn(x.shape, generator=generator), *rest)):
-        return False
-    if _gives_nan(model, (x, *rest)):
-        raise ExportError("the model gives NaN, on the example and on random numbers; are its weights good?")
-    return True
-
-
-def _gives_nan(model: nn.Module, args: tuple[Any, ...]) -> bool:
-    try:
-        run = watch(copy_of(model), args)
-    except ForwardError:
-        return True
-    results = [*tensors(run.output), *(state for call in run.calls for state in call.left)]
-    return any(bool(result.isnan().any()) for result in results)
-
-
-def _check_repeatable(model: nn.Module, arguments: Arguments) -> None:
-    """Nothing but the recurrent states may go from call to call, and nothing may be left to chance."""
-    args = arguments.with_input(arguments.random(BATCH, STEPS, 0))
-    copied = copy_of(model)
-    arguments.prepare(copied, BATCH)
-    first = watch(copied, tree.map_leaves(args, Tensor.clone))
-    given = {c.key: c.given if c.given is not None else tuple(map(torch.zeros_like, c.left)) for c in first.calls}
-    second = watch(copied, tree.map_leaves(args, Tensor.clone), lambda key, module, batch: given.get(key))
-    if _same(first, second):
-        return
-    if _same(first, fresh_run(model, arguments, arguments.random(BATCH, STEPS, 0))):
-        raise ExportError(
-            "the model keeps more than the states of its recurrent layers from call to call: a second call with the "
-            "same input and states gives something else"
-        )
-    raise ExportError(
-        "the model gives something else every time, in eval mode too: it draws random numbers (dropout without "
-        "training=self.training does)"
-    )
-
-
-def _same(one: Run, other: Run) -> bool:
-    pairs = zip(tensors(one.output), tensors(other.output), strict=True)
-    return all(a.shape == b.shape and torch.allclose(a, b, 1e-4, 1e-5, equal_nan=True) for a, b in pairs)
 
 
 def _orient(model: nn.Module, arguments: Arguments, batch: int) -> tuple[Arguments, Run]:
