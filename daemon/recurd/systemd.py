@@ -16,6 +16,8 @@ class Notifier:
         # '@' stands for the zero byte that an abstract address starts with
         self._address = "\0" + path[1:] if path.startswith("@") else path
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        # A manager that has stopped reading must not stop the loop that tells it.
+        self._socket.setblocking(False)
         self.watchdog_seconds = _watchdog_seconds(environ, pid)
 
     def ready(self, status: str) -> None:

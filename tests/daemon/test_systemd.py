@@ -75,3 +75,11 @@ def test_the_watchdogs_interval_is_read_when_it_is_meant_for_this_process(
     notifier.close()
 
     assert notifier.watchdog_seconds == seconds
+
+
+def test_a_manager_that_has_stopped_reading_does_not_stop_the_work(manager: tuple[socket.socket, str]) -> None:
+    _, address = manager
+    notifier = Notifier({"NOTIFY_SOCKET": address}, 1)
+    for _ in range(2000):  # far more than its queue takes
+        notifier.watchdog()
+    notifier.close()
