@@ -97,10 +97,10 @@ class Process:
     def metrics(self) -> str:
         return self._found(r"metrics at ([^ \n]+)")
 
-    def get(self, path: str) -> tuple[int, str]:
-        """Status and body of a page."""
+    def get(self, path: str, address: str = "") -> tuple[int, str]:
+        """Status and body of a page, at the address that is told once it is ready when none is given."""
         try:
-            with urllib.request.urlopen(f"http://{self.metrics}{path}", timeout=PATIENCE_SECONDS) as answer:
+            with urllib.request.urlopen(f"http://{address or self.metrics}{path}", timeout=PATIENCE_SECONDS) as answer:
                 return answer.status, answer.read().decode()
         except urllib.error.HTTPError as error:
             with error:
