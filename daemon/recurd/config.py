@@ -52,7 +52,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 class Tick(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How chunks are put together for one run of the model."""
 
-    rows: Count = 64
+    rows: Count = 128
     steps: Count = 64
     padding_ratio: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.25
     receive_records: Count = 1024

@@ -267,6 +267,16 @@ def check(model: onnx.ModelProto, contract: Contract) -> None:
 def _check_values(contract: Contract) -> None:
     if not contract.heads:
         raise ContractError("the contract names no head")
+    types = {head.dtype for head in contract.heads}
+    if len(types) > 1:
+        raise ContractError(f"the heads are of different types ({', '.join(sorted(types))}); a result has one")
+    if contract.input.dtype == "int64" and contract.input.classes is None:
+        # The runtime fails on an id the model does not have, and with it every stream of the tick.
+        raise ContractError("the input is int64 token ids, and 'classes' does not say how many there are")
+    _check_states(contract)
+
+
+def _check_states(contract: Contract) -> None:
     if not contract.states:
         raise ContractError("the contract names no state; a model without state needs no recurd")
     for head in contract.heads:

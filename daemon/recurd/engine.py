@@ -144,7 +144,7 @@ class Engine:
         lane = stream.lane
         lane.stats.chunks_received += 1
         chunk = Chunk(header.seq, header.generation, now, header.steps, lane.read(header, payload, is_finite))
-        lane.enter(chunk)
+        lane.enter(chunk, not stream.queue)
         stream.accepted = header.seq
         stream.queue.append(chunk)
         if len(stream.queue) == 1:
@@ -155,7 +155,7 @@ class Engine:
         if stream is None:
             return
         reset = Chunk(header.seq, header.generation + 1, now, steps=0)
-        stream.lane.enter(reset)
+        stream.lane.enter(reset, not stream.queue)
         stream.generation += 1
         stream.accepted = header.seq
         stream.queue.append(reset)
@@ -233,9 +233,8 @@ class Engine:
         """A tick's run raised: what became of its rows is not known, so exactly their streams end as ``failed``."""
         lane = self._lanes[tick.model]
         lane.busy = False
-        self._log.error(
-            "tick_failed", model=lane.name, rows=len(tick.rows), seconds=now - tick.taken_at, error=str(error)
-        )
+        lane.stats.ticks_failed += 1
+        self._log.error("tick_failed", model=lane.name, rows=len(tick.rows), exc_info=error)
         for row in tick.rows:
             row.stream.running = False
             if row.stream.slot != NO_SLOT:

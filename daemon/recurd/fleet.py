@@ -15,7 +15,6 @@ from recurd import wire
 from recurd.errors import PASSING, Code, RecurdError
 
 Array = npt.NDArray[Any]
-_HEADER_DTYPE = wire._HEADER_DTYPE
 
 
 class Answers(NamedTuple):
@@ -95,10 +94,10 @@ class Fleet:
         for frame in frames:
             header, payload = wire.decode(frame)
             if header.type == wire.Type.MULTI:
-                fields = np.frombuffer(payload, _HEADER_DTYPE, header.steps)
+                fields = np.frombuffer(payload, wire.HEADER_DTYPE, header.steps)
                 payload = payload[fields.nbytes :]
             else:
-                fields = np.frombuffer(frame, _HEADER_DTYPE, 1)
+                fields = np.frombuffer(frame, wire.HEADER_DTYPE, 1)
             if (fields["type"] != wire.Type.RESULT).any():
                 fields = self._take_errors(fields, payload, now)
             headers.append(fields)
@@ -173,7 +172,7 @@ def _frames(contract: dict[str, Any], handles: Array, generations: Array, chunk_
     else:
         data = random.standard_normal(shape, np.float32).astype(numpy_type)
     size = shape[1] * numpy_type.itemsize
-    frames = np.zeros(len(handles), [("header", _HEADER_DTYPE), ("data", numpy_type, (shape[1],))])
+    frames = np.zeros(len(handles), [("header", wire.HEADER_DTYPE), ("data", numpy_type, (shape[1],))])
     header = frames["header"]
     values = {"magic": wire.MAGIC, "version": wire.VERSION, "type": wire.Type.CHUNK, "dtype": code, "size": size}
     values |= {"steps": chunk_steps, "width": width, "handle": handles, "generation": generations}

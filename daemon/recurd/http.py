@@ -41,7 +41,7 @@ class Phase(Enum):
 
     LOADING = "loading: models are being loaded"
     READY = "ready"
-    FULL = "full: every slot is taken"
+    FULL = "full: no new stream is taken"
     DRAINING = "draining: the daemon is shutting down"
 
 

@@ -70,10 +70,14 @@ class Lane:
         self.result_width = sum(head.width for head in contract.heads)
         self._heads = [(head.per == "step", head.width * np.dtype(head.dtype).itemsize) for head in contract.heads]
 
-    def enter(self, chunk: Chunk) -> None:
-        """Count a chunk that is about to be queued. Raises :class:`Refused` (``busy``) when there is no room."""
+    def enter(self, chunk: Chunk, is_first: bool) -> None:
+        """Count a chunk that is about to be queued. Raises :class:`Refused` (``busy``) when there is no room.
+
+        The first one a stream has waiting is counted but always let in, as far as the bytes go: streams that send much
+        must not lock out those that send little.
+        """
         room, size = self._room, chunk.data.nbytes
-        if room.chunks >= room.max_chunks or room.bytes + size > room.max_bytes:
+        if (room.chunks >= room.max_chunks and not is_first) or room.bytes + size > room.max_bytes:
             raise room.refusal()
         room.chunks += 1
         room.bytes += size

@@ -86,7 +86,7 @@ class Lifecycle:
     def _admit_peer(self, peer: Peer) -> None:
         if self.draining:
             raise Refused(Code.DRAINING, "the daemon is shutting down")
-        if len(self._peers) >= self._limits.connections:
+        if len(self._peers) >= self._limits.connections and not self._forget_silent(peer.last_seen):
             raise Refused(
                 Code.BUSY,
                 f"{len(self._peers)} connections are open, the most there may be",
@@ -94,6 +94,19 @@ class Lifecycle:
             )
         self._peers.add(peer)
         self._stats.peers = len(self._peers)
+
+    def _forget_silent(self, now: float) -> bool:
+        """Make room for a new connection where the longest silent one is probably gone, whether one was.
+
+        A connection that broke leaves its peer behind, and whoever reconnects comes as another. Were it alive after
+        all, it would be asked to say HELLO again and lose nothing.
+        """
+        peer = self._peers.longest_silent()
+        if peer is None or peer.last_seen > now - 3 * self._timeouts.heartbeat_seconds:
+            return False
+        self._forget_peer(peer)
+        self._stats.peers_expired += 1
+        return True
 
     def disconnected(self, routing_id: bytes) -> None:
         """Note that a connection is gone; its streams stay, detached."""
@@ -129,6 +142,7 @@ class Lifecycle:
         if stream is None:
             stream = self._start(request, lane, peer, now)
         stream.last_seen = now
+        stream.acknowledge(header.ack)
         self._attach(stream, peer)
         opened = wire.Opened(
             stream=stream.name,
@@ -298,8 +312,8 @@ class Lifecycle:
     def deadline(self) -> float | None:
         """When :meth:`expire` should be called next."""
         silent = self._peers.longest_silent()
-        times = [self._streams.deadline(), None if silent is None else silent + self._timeouts.peer_idle_seconds]
-        return min((time for time in times if time is not None), default=None)
+        expiry = None if silent is None else silent.last_seen + self._timeouts.peer_idle_seconds
+        return min((time for time in (self._streams.deadline(), expiry) if time is not None), default=None)
 
 
 def _record_header(stream: Stream, chunk: Chunk) -> wire.Header:

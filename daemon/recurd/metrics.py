@@ -23,12 +23,17 @@ from recurd.stats import Histogram, Stats
 Row = tuple[str, str, str]
 
 MODEL_COUNTERS: tuple[Row, ...] = (
-    ("chunks_received", "Chunks that arrived, refused and repeated ones included.", "chunks_received"),
+    (
+        "chunks_received",
+        "Chunks that came in their turn, also those then refused.",
+        "chunks_received",
+    ),
     ("chunks_processed", "Chunks that were run and answered.", "chunks_processed"),
     ("steps_processed", "Time steps that were run, without padding.", "steps_processed"),
     ("steps_padded", "Time steps that were run only to square up ragged rows.", "padded_steps"),
     ("resets", "Resets that were carried out.", "resets"),
     ("ticks", "Runs of the model.", "ticks"),
+    ("ticks_failed", "Runs of the model that raised; their streams are lost.", "ticks_failed"),
 )
 MODEL_HISTOGRAMS: tuple[Row, ...] = (
     ("tick_rows", "Streams in one run of the model.", "rows"),

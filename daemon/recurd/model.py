@@ -6,7 +6,6 @@ chunk's input goes to the device and nothing but the heads comes back.
 
 import contextlib
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,11 +82,9 @@ def _options(threads: int) -> ort.SessionOptions:
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.enable_mem_pattern = False  # patterns are kept for every input shape, and ticks have many
-    import os
-
-    if os.environ.get("SPIN"):
-        options.add_session_config_entry("session.intra_op.allow_spinning", os.environ["SPIN"])
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    # Threads that spin between ticks take the cores from the loop and from clients beside it.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 3
     return options
 
@@ -100,18 +97,17 @@ class Model:
         self.contract = contract
         self.device = device
         self.slots = slots
-        self._threads = threads
         self._scatter: graph.Scatter = "rows" if device == "cpu" else "elements"
         self._arenas = [(arena, self._allocate(arena, slots)) for arena in graph.arenas(contract)]
-        self._session = self._make_session(graph.wrap(model, contract, self._scatter))
+        self._session = self._make_session(graph.wrap(model, contract, self._scatter), threads)
         self._check_placement()
         self._binding = self._session.io_binding()
         for arena, buffer in self._arenas:
             # The same buffer on both sides: this is what makes the scatter in place.
             self._binding.bind_ortvalue_input(arena.name, buffer)
             self._binding.bind_ortvalue_output(f"{arena.name}.next", buffer)
-        self._readers = [self._make_session(graph.row_reader(arena)) for arena, _ in self._arenas]
-        self._writers = [self._make_session(graph.row_writer(arena, self._scatter)) for arena, _ in self._arenas]
+        self._readers = [self._make_session(graph.row_reader(arena), 1) for arena, _ in self._arenas]
+        self._writers = [self._make_session(graph.row_writer(arena, self._scatter), 1) for arena, _ in self._arenas]
         self._heads = [(head, np.dtype(head.dtype)) for head in contract.heads]
 
     @classmethod
@@ -194,10 +190,8 @@ class Model:
             return ort.OrtValue.ortvalue_from_numpy(zeros)
         return ort.OrtValue.ortvalue_from_numpy(zeros, "cuda", int(self.device.partition(":")[2]))
 
-    def _make_session(self, model: onnx.ModelProto) -> ort.InferenceSession:
-        session = ort.InferenceSession(
-            model.SerializeToString(), _options(self._threads), providers=[_provider(self.device)]
-        )
+    def _make_session(self, model: onnx.ModelProto, threads: int) -> ort.InferenceSession:
+        session = ort.InferenceSession(model.SerializeToString(), _options(threads), providers=[_provider(self.device)])
         if self.device != "cpu" and _CUDA not in session.get_providers():
             raise DeviceError(f"the session on '{self.device}' fell back to the CPU")
         return session
@@ -210,13 +204,14 @@ class Model:
             if assignment.ep_name == _CUDA:
                 continue
             for node in assignment.get_nodes():
-                if node.op_type in _STATE_OPS:
+                if node.op_type in _RECURRENT or (node.op_type in _STATE and node.name.startswith("recurd.")):
                     raise DeviceError(
                         f"node '{node.name}' ({node.op_type}) runs on {assignment.ep_name}, not on the GPU"
                     )
 
 
-_STATE_OPS: Sequence[str] = ("Gather", "Where", "ScatterElements", "ScatterND", "LSTM", "GRU", "RNN")
+_RECURRENT = ("LSTM", "GRU", "RNN")
+_STATE = ("Gather", "Where", "ScatterElements", "ScatterND")
 
 
 def _first_line(error: Exception) -> str:

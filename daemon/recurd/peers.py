@@ -77,9 +77,9 @@ class Peers:
             silent.append(peer)
         return silent
 
-    def longest_silent(self) -> float | None:
-        """When the longest silent peer was last heard of."""
-        return next(iter(self._by_id.values())).last_seen if self._by_id else None
+    def longest_silent(self) -> Peer | None:
+        """The peer that was not heard of for the longest time."""
+        return next(iter(self._by_id.values()), None)
 
 
 class Outbox:

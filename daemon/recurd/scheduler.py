@@ -7,6 +7,7 @@ Three rules shape a tick. At most ``max_steps`` steps of a stream, so that one t
 others: a long chunk is sliced over several ticks and its state stays in place. Queued chunks of one stream are joined
 in time, and their outputs split again. And rows of similar length run together: the model computes every row to the
 length of the longest, so a row is passed over (and keeps its place) when the padding would exceed ``padding_ratio``.
+Whatever the model, a tick of several rows computes at most ``max_rows * max_steps`` steps, so that it ends soon.
 """
 
 from collections import deque
@@ -56,6 +57,7 @@ class Scheduler:
         self._max_steps = max_steps if contract.causal else 2**31
         self._joins = contract.chunk_local
         self._padding_ratio = padding_ratio
+        self._max_cells = max_rows * max_steps
         self._line: deque[Stream] = deque()
 
     def __len__(self) -> int:
@@ -86,7 +88,7 @@ class Scheduler:
             together = max(longest, steps)
             total += steps
             cells = together * (len(rows) + 1)
-            if rows and cells - total > self._padding_ratio * cells:
+            if rows and (cells - total > self._padding_ratio * cells or cells > self._max_cells):
                 total -= steps
                 passed.append(stream)
                 continue
@@ -124,8 +126,6 @@ def _cut(queue: list[Chunk], steps: int) -> list[tuple[Chunk, int, int]]:
 def assemble(model: str, contract: Contract, rows: list[Row], now: float) -> Tick:
     """Put rows together as arrays; their streams' pending fresh starts are taken over into the tick."""
     time, width = max([row.steps for row in rows]), contract.input.width
-    # Padding is zeros rather than whatever memory held: a NaN there could slow the arithmetic.
-    padding = np.zeros(time * width, contract.input.dtype)
     pieces = []
     slots, fresh, lengths = [], [], []
     for row in rows:
@@ -133,7 +133,8 @@ def assemble(model: str, contract: Contract, rows: list[Row], now: float) -> Tic
         for chunk, first, count in row.parts:
             pieces.append(chunk.data if count == chunk.steps else chunk.data[first * width : (first + count) * width])
         if steps < time:
-            pieces.append(padding[steps * width :])
+            # A row is padded with its own last step: one that the model takes, which zeros need not be.
+            pieces.append(np.tile(pieces[-1][-width:], time - steps))
         slots.append(stream.slot)
         lengths.append(steps)
         fresh.append(stream.fresh)

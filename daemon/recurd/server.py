@@ -12,7 +12,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING
 
 import zmq
@@ -97,7 +97,9 @@ class Server:
 
     def run(self) -> int:
         """The loop."""
-        self._announce()
+        self._look_for_signal()
+        if not self._stopped():
+            self._announce()
         while not self._stopped():
             self._wait()
             self._receive()
@@ -123,7 +125,7 @@ class Server:
             seconds = min(seconds, max(0.0, deadline - time.monotonic()))
         for ready, _ in self._poller.poll(int(seconds * 1000 + 0.999)):
             if ready == self._wakeup.fileno():
-                self._on_signal(self._wakeup.recv(64))
+                self._look_for_signal()
 
     def _receive(self) -> None:
         """Feed the engine what has come, up to a bound, so that ticks and answers are never far away."""
@@ -176,6 +178,10 @@ class Server:
         self._notifier.watchdog()
         if self._stop_at is None:
             self._health.phase = Phase.FULL if self._engine.full else Phase.READY
+
+    def _look_for_signal(self) -> None:
+        with suppress(BlockingIOError):  # none came
+            self._on_signal(self._wakeup.recv(64))
 
     def _on_signal(self, numbers: bytes) -> None:
         if self._stop_at is not None:

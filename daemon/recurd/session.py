@@ -250,14 +250,15 @@ class Session:
             return
         try:
             header, payload = wire.decode(frame)
-            records = wire.decode_multi(header, payload) if header.type == wire.Type.MULTI else [(header, payload)]
-            for header, payload in records:
-                self._receive_one(header, payload, now)
+            is_multi = header.type == wire.Type.MULTI
+            records = wire.decode_multi(header, payload) if is_multi else [(header, payload)]
+            for one, part in records:
+                self._receive_one(one, part, now)
         except (Refused, msgspec.MsgspecError):
             # What speaks there does not speak our protocol, or its bytes are damaged; a new connection may be better.
             self.disconnected(now)
 
-    def _receive_one(self, header: wire.Header, payload: memoryview, now: float) -> None:
+    def _receive_one(self, header: wire.Header, payload: wire.Buffer, now: float) -> None:
         if header.type in (wire.Type.RESULT, wire.Type.DONE):
             writer = self._by_handle.get(header.handle)
             if writer is not None:

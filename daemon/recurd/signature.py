@@ -105,7 +105,7 @@ class Signature:
         names = ", ".join(["steps", *map(str, self.shape)])
         return f"[{names}] {self._dtype.name}" + (" (or [steps])" if self.shape == (1,) else "")
 
-    def result(self, header: wire.Header, payload: memoryview) -> Result:
+    def result(self, header: wire.Header, payload: wire.Buffer) -> Result:
         """The heads of a RESULT: ``[steps, *shape]`` each, ``[*shape]`` for a head that gives one output a chunk.
 
         The arrays are the caller's own. Raises :class:`Refused` (``bad_frame``) when the payload is not the contract's.

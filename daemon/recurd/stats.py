@@ -69,6 +69,7 @@ class ModelStats:
         self.steps_processed = 0
         self.resets = 0
         self.ticks = 0
+        self.ticks_failed = 0
         #: Steps the model ran only to square up ragged rows.
         self.padded_steps = 0
         # gauges

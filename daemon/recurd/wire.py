@@ -44,7 +44,8 @@ Record = tuple[bytes, Buffer]
 
 _HEADER = struct.Struct("<2sBBBBHIIIIQQQ")
 HEADER_BYTES = _HEADER.size
-_HEADER_DTYPE = np.dtype(
+#: The header as a numpy record, for reading and writing many at once.
+HEADER_DTYPE = np.dtype(
     [
         ("magic", "S2"),
         ("version", "u1"),
@@ -218,7 +219,7 @@ def decode(data: Buffer) -> tuple[Header, memoryview]:
     return header, memoryview(data)[HEADER_BYTES:]
 
 
-def decode_multi(header: Header, payload: memoryview) -> list[tuple[Header, memoryview]]:
+def decode_multi(header: Header, payload: memoryview) -> list[tuple[Header, Buffer]]:
     """The records of a MULTI, in order.
 
     All headers are checked at once, as arrays; the whole frame is refused (:class:`Refused`, ``bad_frame`` or
@@ -230,7 +231,7 @@ def decode_multi(header: Header, payload: memoryview) -> list[tuple[Header, memo
     if not 0 < end_of_headers <= len(payload):
         raise Refused(Code.BAD_FRAME, f"a MULTI of {header.steps} records does not fit in {len(payload)} bytes")
     heads = payload[:end_of_headers]
-    fields = np.frombuffer(heads, _HEADER_DTYPE)
+    fields = np.frombuffer(heads, HEADER_DTYPE)
     if (fields["magic"] != MAGIC).any():
         raise Refused(Code.BAD_FRAME, "a record of the MULTI has the wrong magic")
     if (fields["version"] != VERSION).any():
@@ -241,10 +242,11 @@ def decode_multi(header: Header, payload: memoryview) -> list[tuple[Header, memo
     ends = np.cumsum(fields["size"], dtype=np.uint64) + end_of_headers
     if ends[-1] != len(payload):
         raise Refused(Code.BAD_FRAME, "the sizes of the MULTI's records do not add up to its payload")
-    records = []
+    records: list[tuple[Header, Buffer]] = []
     start = end_of_headers
     for fields_of_one, end in zip(_HEADER.iter_unpack(heads), ends.tolist(), strict=True):
-        records.append((Header._make(fields_of_one), payload[start:end]))
+        # Copied, so that one small chunk that waits does not keep a whole frame.
+        records.append((Header._make(fields_of_one), bytes(payload[start:end])))
         start = end
     return records
 
@@ -259,7 +261,7 @@ def multi_is_finite(header: Header, payload: memoryview) -> bool:
     """Whether all data of a MULTI, read as float32, is finite (False, too, when it cannot be read so)."""
     end_of_headers = header.steps * HEADER_BYTES
     # One record of an odd size and the numbers of those behind it would be read across their borders.
-    if (np.frombuffer(payload[:end_of_headers], _HEADER_DTYPE)["size"] & 3).any():
+    if (np.frombuffer(payload[:end_of_headers], HEADER_DTYPE)["size"] & 3).any():
         return False
     return all_finite(np.frombuffer(payload[end_of_headers:], NUMPY_TYPES[Dtype.FLOAT32]))
 

@@ -143,7 +143,7 @@ class Writer:
         if self.phase is not Phase.OPENING:
             return
         first = not self.is_open
-        if not first and (trouble := self._lost_since(body)):
+        if not first and (trouble := self._lost_since(body, header.handle)):
             self.end(trouble)
             return
         self.phase = Phase.ATTACHED
@@ -156,8 +156,12 @@ class Writer:
             self._answers.append(Answer(self._open_token, None, None))
             self._open_token = None
 
-    def _lost_since(self, body: wire.Opened) -> RecurdError | None:
+    def _lost_since(self, body: wire.Opened, handle: int) -> RecurdError | None:
         """Why the stream that was opened is not the one we had; ``None`` when it is."""
+        if handle != self.handle:
+            # A handle names one life of a stream: the daemon was restarted, and another client came first.
+            text = f"the state of stream '{self.stream}' is lost, and another client has started it afresh"
+            return Broken(Code.UNKNOWN_STREAM, text, generation=body.generation, last_seq=body.last_seq)
         if body.last_seq >= self.backlog.next_seq:
             return self._taken_over()
         expected = self.backlog.generation_after(body.last_seq)
@@ -244,7 +248,7 @@ class Writer:
 
     # --- answers ---
 
-    def answered(self, header: wire.Header, payload: memoryview, now: float) -> None:
+    def answered(self, header: wire.Header, payload: wire.Buffer, now: float) -> None:
         """RESULT or DONE came. One that is not awaited (any more) is dropped."""
         record = self.backlog.in_flight.get(header.seq)
         if record is None:

@@ -243,6 +243,18 @@ def test_a_wrong_generation_is_stale_and_is_told_the_right_one(open_desk: OpenDe
     assert caller.run(chunk(handle, 2, x, generation=2))[0].type == Type.RESULT
 
 
+@pytest.mark.parametrize("generation", [0, 1, 4, 9])
+def test_a_repeated_record_of_a_generation_the_stream_never_had_is_stale(open_desk: OpenDesk, generation: int) -> None:
+    caller = open_desk().connect()
+    caller.open("s")
+    handle, x = caller.open("s", mode="new").header.handle, draw(PUMP, 2)  # its life begins with generation 2
+    caller.run(reset(handle, 1, generation=2))
+    caller.send(chunk(handle, 2, x, generation=3))
+
+    for record in (reset(handle, 1, generation=generation), chunk(handle, 2, x, generation=generation)):
+        assert caller.ask(record).code == "stale"
+
+
 def test_more_in_flight_than_the_credit_is_refused_until_answers_are_acknowledged(open_desk: OpenDesk) -> None:
     caller = open_desk(limits=Limits(stream_credit=3)).connect()
     handle, x = caller.handle("s"), draw(PUMP, 1)

@@ -95,6 +95,21 @@ def test_connections_beyond_the_bound_are_busy_until_one_goes(open_desk: OpenDes
     assert late.ask(hello()).type == Type.WELCOME
 
 
+def test_a_new_connection_takes_the_place_of_one_that_is_probably_gone(open_desk: OpenDesk) -> None:
+    desk = open_desk(limits=Limits(connections=2), timeouts=Timeouts(heartbeat_seconds=5, peer_idle_seconds=1000))
+    gone, alive = desk.connect("a"), desk.connect("b")
+    handle = gone.handle("s")
+    push(gone, handle)
+    desk.now += 16
+    assert alive.ask(ping(1)).type == Type.PONG
+
+    again = desk.connect("c")
+    assert again.open("s", mode="resume", generation=1).body["last_seq"] == 1
+    assert alive.ask(ping(2)).type == Type.PONG
+    assert gone.ask(ping(1)).code == "hello_required"
+    assert desk.connect("d", greet=False).ask(hello()).code == "busy"
+
+
 def test_a_silent_connection_is_forgotten_and_its_streams_are_not(open_desk: OpenDesk) -> None:
     desk = open_desk(timeouts=Timeouts(peer_idle_seconds=60))
     caller, other = desk.connect("a"), desk.connect("b")
@@ -156,6 +171,19 @@ def test_fresh_means_that_no_step_was_taken_nor_accepted(open_desk: OpenDesk) ->
     caller.run(reset(handle, 2))
     reply = caller.open("s")
     assert (reply.body["fresh"], reply.body["generation"]) == (True, 2)
+
+
+def test_an_open_acknowledges_what_its_client_has_received(open_desk: OpenDesk) -> None:
+    caller = open_desk().connect()
+    handle = caller.handle("s")
+    push(caller, handle, 1)
+    push(caller, handle, 2)
+
+    again = wire.control(Type.OPEN, {"stream": "s", "model": "pump", "mode": "resume"})
+    header = wire.pack(Type.OPEN, size=len(again[1]), ack=1)
+    assert caller.ask((header, again[1])).type == Type.OPENED
+    assert Flag.GONE in Flag(caller.ask(chunk(handle, 1, X)).header.flags)
+    assert Flag.GONE not in Flag(caller.ask(chunk(handle, 2, X)).header.flags)
 
 
 def test_resume_never_starts_anything(open_desk: OpenDesk) -> None:
