@@ -41,6 +41,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     stream_credit: Count = 64
     queued_chunks: Count = 16_384
     queued_bytes: Count = 268_435_456
+    retained_bytes: Count = 1_073_741_824
     busy_retry_seconds: Seconds = 0.05
     chunk_steps: Count = 4096
     message_bytes: Annotated[int, msgspec.Meta(ge=1024, le=2**31 - 1)] = 16_777_216
@@ -74,8 +75,8 @@ class ZeroMQ(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """The socket's own bounds (high-water marks count messages for each connection)."""
 
     io_threads: Count = 1
-    send_high_water_mark: Count = 4096
-    receive_high_water_mark: Count = 1000
+    send_high_water_mark: Count = 1000
+    receive_high_water_mark: Count = 256
     backlog: Count = 512
 
 

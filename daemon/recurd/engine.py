@@ -55,7 +55,7 @@ class Engine:
         # process
         self._credit = limits.stream_credit
         self._max_streams = limits.streams
-        self._room = Room(limits.queued_chunks, limits.queued_bytes, limits.busy_retry_seconds)
+        self._room = Room(limits)
         self._lanes = {
             name: Lane(name, contract, slots, config=config, stats=stats.add_model(name, slots), room=self._room)
             for name, (contract, slots) in models.items()
@@ -64,7 +64,7 @@ class Engine:
         first_handle = (int.from_bytes(identity.epoch[:3], "little") << _HANDLE_BITS) + 1
         self._streams = Streams(first_handle, max_ended=limits.ended_streams)
         self._peers = Peers()
-        self._outbox = Outbox(stats, max_bytes=limits.message_bytes)
+        self._outbox = Outbox(stats, max_message_bytes=limits.message_bytes)
         self._lifecycle = Lifecycle(
             config,
             identity,
@@ -167,12 +167,12 @@ class Engine:
         stream = self._streams.find(header, peer)
         stream.last_seen = now
         if header.ack > stream.acked:
-            stream.acknowledge(header.ack)
+            stream.lane.retain(-stream.acknowledge(header.ack))
         if not stream.is_next(header, self._credit):
             self._stats.duplicates += 1
             record = stream.retained(header)
             if record is not None:
-                self._outbox.send(peer, record)
+                self._outbox.send_again(peer, record)
             return None
         if stream.closing is not None:
             raise Refused(Code.CLOSED, f"stream '{stream.name}' is being closed")
@@ -261,6 +261,7 @@ class Engine:
         stream.lane.leave(1, chunk.data.nbytes)
         stream.answered = chunk.seq
         stream.answers.append((chunk.seq, chunk.generation, record))
+        stream.lane.retain(len(record[1]))
         if stream.peer is not None:
             self._outbox.send(stream.peer, record)
 

@@ -7,7 +7,7 @@ import numpy.typing as npt
 
 from recurd import wire
 from recurd.arena import Slots
-from recurd.config import Config
+from recurd.config import Config, Limits
 from recurd.contract import Contract
 from recurd.errors import Code, Refused
 from recurd.scheduler import Scheduler
@@ -16,14 +16,17 @@ from recurd.streams import Chunk
 
 
 class Room:
-    """Room for queued chunks in the whole daemon. Owned by the engine, filled and emptied by its lanes."""
+    """Room for queued chunks and retained answers in the whole daemon. Owned by the engine, used by its lanes."""
 
-    def __init__(self, chunks: int, size: int, retry_after_seconds: float) -> None:
-        self.max_chunks = chunks
-        self.max_bytes = size
-        self._retry_after_seconds = retry_after_seconds
+    def __init__(self, limits: Limits) -> None:
+        self.max_chunks = limits.queued_chunks
+        self.max_bytes = limits.queued_bytes
+        self.max_retained = limits.retained_bytes
+        self._retry_after_seconds = limits.busy_retry_seconds
         self.chunks = 0
         self.bytes = 0
+        #: Bytes of the answers kept for retries.
+        self.retained = 0
 
     @property
     def full(self) -> bool:
@@ -34,7 +37,8 @@ class Room:
         """What a chunk is told that does not fit."""
         return Refused(
             Code.BUSY,
-            f"{self.chunks} chunks ({self.bytes} bytes) are waiting already",
+            f"{self.chunks} chunks ({self.bytes} bytes) are waiting to be run, "
+            f"{self.retained} bytes of results to be acknowledged",
             retry_after_seconds=self._retry_after_seconds,
         )
 
@@ -77,7 +81,11 @@ class Lane:
         must not lock out those that send little.
         """
         room, size = self._room, chunk.data.nbytes
-        if (room.chunks >= room.max_chunks and not is_first) or room.bytes + size > room.max_bytes:
+        if (
+            (room.chunks >= room.max_chunks and not is_first)
+            or room.bytes + size > room.max_bytes
+            or room.retained >= room.max_retained
+        ):
             raise room.refusal()
         room.chunks += 1
         room.bytes += size
@@ -88,6 +96,10 @@ class Lane:
         self._room.chunks -= chunks
         self._room.bytes -= size
         self.stats.queued_chunks -= chunks
+
+    def retain(self, size: int) -> None:
+        """Count bytes of answers that are kept from now on; negative: not any more."""
+        self._room.retained += size
 
     def read(self, header: wire.Header, payload: wire.Buffer, is_finite: bool) -> npt.NDArray[Any]:
         """A chunk's steps, ``[steps * width]``. Raises :class:`Refused` for what the model cannot take.

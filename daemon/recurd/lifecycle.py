@@ -142,7 +142,7 @@ class Lifecycle:
         if stream is None:
             stream = self._start(request, lane, peer, now)
         stream.last_seen = now
-        stream.acknowledge(header.ack)
+        lane.retain(-stream.acknowledge(header.ack))
         self._attach(stream, peer)
         opened = wire.Opened(
             stream=stream.name,
@@ -164,7 +164,7 @@ class Lifecycle:
         if not 0 < size <= self._limits.name_bytes or not request.stream.isprintable():
             raise Refused(
                 Code.BAD_NAME,
-                f"a stream's name has 1 to {self._limits.name_bytes} bytes of UTF-8 and no control characters",
+                f"a stream's name has 1 to {self._limits.name_bytes} bytes of UTF-8, all of them printable",
             )
         if request.mode not in ("auto", "resume", "new"):
             raise Refused(Code.BAD_REQUEST, f"mode '{request.mode}' is not auto, resume or new")
@@ -273,6 +273,7 @@ class Lifecycle:
         """
         lane = stream.lane
         ended = self._streams.end(stream, code)
+        lane.retain(-sum(len(payload) for _, _, (_, payload) in stream.answers))
         queued, stream.queue = stream.queue, []
         lane.leave(len(queued), sum(chunk.data.nbytes for chunk in queued))
         for chunk in queued:

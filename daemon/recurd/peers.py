@@ -10,11 +10,15 @@ from recurd import wire
 from recurd.errors import Broken, Refused
 from recurd.stats import Stats
 
+#: Answers are joined into frames of at most this size: larger ones save nothing, and a peer that does not read holds as
+#: many as its high-water mark allows.
+_JOIN_BYTES = 256 * 1024
+
 
 class Peer:
     """One connection. Owned by :class:`Peers`."""
 
-    __slots__ = ("frames", "greeted", "handles", "last_seen", "multi", "records", "routing_id", "tenant")
+    __slots__ = ("again_bytes", "frames", "greeted", "handles", "last_seen", "multi", "records", "routing_id", "tenant")
 
     def __init__(self, routing_id: bytes, tenant: str, now: float) -> None:
         self.routing_id = routing_id
@@ -28,6 +32,8 @@ class Peer:
         self.handles: set[int] = set()
         # To be sent, in order: whole frames, then records that may still be joined.
         self.frames: list[bytes] = []
+        #: Bytes of answers among them that were sent before.
+        self.again_bytes = 0
         self.records: list[wire.Record] = []
 
     def seal(self, max_bytes: int) -> None:
@@ -85,9 +91,9 @@ class Peers:
 class Outbox:
     """What is due to be sent, peer by peer. Owned by the engine."""
 
-    def __init__(self, stats: Stats, *, max_bytes: int) -> None:
+    def __init__(self, stats: Stats, *, max_message_bytes: int) -> None:
         self._stats = stats
-        self._max_bytes = max_bytes
+        self._max_bytes = min(max_message_bytes, _JOIN_BYTES)
         self._waiting: list[Peer] = []
 
     def send(self, peer: Peer, record: wire.Record) -> None:
@@ -95,6 +101,17 @@ class Outbox:
         if not peer.records and not peer.frames:
             self._waiting.append(peer)
         peer.records.append(record)
+
+    def send_again(self, peer: Peer, record: wire.Record) -> None:
+        """Repeat an answer, unless a frame's worth of them waits already: a header asks for it, and it may be large.
+
+        What is left out is counted, and comes when it is asked for again.
+        """
+        if peer.again_bytes > self._max_bytes:
+            self._stats.send_failures["again"] += 1
+            return
+        peer.again_bytes += len(record[1])
+        self.send(peer, record)
 
     def send_control(self, peer: Peer, record: wire.Record) -> None:
         """Put out any other message, as a frame of its own behind what is out already."""
@@ -130,6 +147,6 @@ class Outbox:
         for peer in self._waiting:
             peer.seal(self._max_bytes)
             due += [(peer.routing_id, frame) for frame in peer.frames]
-            peer.frames = []
+            peer.frames, peer.again_bytes = [], 0
         self._waiting = []
         return due

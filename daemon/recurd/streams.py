@@ -109,13 +109,16 @@ class Stream:
         #: Header of the CLOSE that waits for the queue to run empty; NO_HEADER when who sent it is no longer attached.
         self.closing: wire.Header | None = None
 
-    def acknowledge(self, ack: int) -> None:
-        """Forget the answers up to ``ack`` (never beyond what was answered)."""
+    def acknowledge(self, ack: int) -> int:
+        """Forget the answers up to ``ack`` (never beyond what was answered); the bytes that they took."""
+        freed = 0
         if ack > self.acked:
             self.acked = min(ack, self.answered)
             answers = self.answers
             while answers and answers[0][0] <= self.acked:
+                freed += len(answers[0][2][1])
                 del answers[0]
+        return freed
 
     def is_next(self, header: wire.Header, credit: int) -> bool:
         """Whether a record is the next in order (True) or a duplicate (False). Raises :class:`Refused`."""
