@@ -5,7 +5,8 @@ Everything runs on the event loop that connected: the sockets' file descriptors 
 """
 
 import asyncio
-from collections.abc import Awaitable, Generator, Mapping
+from collections.abc import Awaitable, Callable, Generator, Mapping
+from functools import partial
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -13,7 +14,7 @@ import numpy.typing as npt
 
 from recurd.backlog import Record
 from recurd.errors import RecurdError, Unanswered
-from recurd.interface import CLOSED, Connection, OpenStream, closed_error, no_answer
+from recurd.interface import CLOSED, Connection, OpenStream, closed_error
 from recurd.link import Link
 from recurd.signature import Payload, Result
 from recurd.writer import Mode, Writer
@@ -73,7 +74,7 @@ class Client(Connection):
         self._turn_soon()
 
     async def _wait_for_welcome(self) -> None:
-        await _answer(self._welcomed, self._deadline(None), self._no_daemon())
+        await _answer(self._welcomed, self._deadline(None), self._no_daemon)
 
     # --- calls ---
 
@@ -91,11 +92,11 @@ class Client(Connection):
         reply = self._loop.create_future()
         writer = self._session.open(self._request(name, model, mode, idle_timeout_seconds), (reply, None))
         self._turn_soon()
-        late = no_answer(f"opening stream '{name}'", self._seconds(timeout_seconds))
+        late = partial(self._no_answer, f"opening stream '{name}'", self._seconds(timeout_seconds))
         try:
             await _answer(reply, self._deadline(timeout_seconds), late)
         except BaseException:  # a refusal, a time-out or a cancelled task: nobody will use it
-            self._session.give_up(writer, late)
+            self._session.give_up(writer, late())
             raise
         return Stream(self, writer)
 
@@ -106,7 +107,9 @@ class Client(Connection):
         deadline = self._deadline(timeout_seconds)
         futures = await self.submit_many(chunks, timeout_seconds=timeout_seconds)
         done = asyncio.gather(*futures.values(), return_exceptions=True)
-        await _answer(done, deadline, no_answer(f"{len(futures)} streams", self._seconds(timeout_seconds)))
+        place = "the chunks keep their places and must not be sent again"
+        late = partial(self._no_answer, f"a push to {len(futures)} streams", self._seconds(timeout_seconds), place)
+        await _answer(done, deadline, late)
         return {stream: future.result() for stream, future in futures.items()}
 
     async def submit_many(
@@ -208,7 +211,7 @@ class Stream(OpenStream):
     """An open stream. Chunks run in the order they are handed in. Made by :meth:`Client.open`."""
 
     def __init__(self, client: Client, writer: Writer) -> None:
-        super().__init__(writer, client._session)
+        super().__init__(writer, client)
         self._client = client
         self._room = asyncio.Semaphore(client._queue_limit)
 
@@ -219,7 +222,7 @@ class Stream(OpenStream):
         """
         deadline = self._client._deadline(timeout_seconds)
         reply = await self.submit(x, timeout_seconds=timeout_seconds)
-        result: Result = await _answer(reply, deadline, self._late(timeout_seconds))
+        result: Result = await _answer(reply, deadline, self._late(self._client._seconds(timeout_seconds)))
         return result
 
     async def submit(self, x: npt.ArrayLike, *, timeout_seconds: float | None = None) -> "asyncio.Future[Result]":
@@ -229,7 +232,8 @@ class Stream(OpenStream):
     async def reset(self, *, timeout_seconds: float | None = None) -> None:
         """Start afresh after the chunks handed in before; see :meth:`recurd.client.Stream.reset`."""
         deadline = self._client._deadline(timeout_seconds)
-        await _answer(await self._submit(None, timeout_seconds), deadline, self._late(timeout_seconds))
+        late = self._late(self._client._seconds(timeout_seconds), "the reset")
+        await _answer(await self._submit(None, timeout_seconds), deadline, late)
 
     async def close(self, *, timeout_seconds: float | None = None) -> None:
         """Answer what was handed in before, then forget the stream; see :meth:`recurd.client.Stream.close`."""
@@ -237,16 +241,16 @@ class Stream(OpenStream):
         reply = self._client._loop.create_future()
         self._client._session.close(self._writer, (reply, None))
         self._client._turn_soon()
-        await _answer(reply, self._client._deadline(timeout_seconds), self._late(timeout_seconds))
-
-    def _late(self, timeout_seconds: float | None) -> Unanswered:
-        return no_answer(f"stream '{self.name}'", self._client._seconds(timeout_seconds))
+        seconds = self._client._seconds(timeout_seconds)
+        late = partial(self._client._no_answer, f"closing stream '{self.name}'", seconds)
+        await _answer(reply, self._client._deadline(timeout_seconds), late)
 
     async def _take_room(self, deadline: float | None, timeout_seconds: float | None) -> None:
         if not self._room.locked():  # the usual case, without the cost of a time-out
             await self._room.acquire()
         else:
-            await _answer(self._room.acquire(), deadline, self._no_room(self._client._seconds(timeout_seconds)))
+            late = partial(self._no_room, self._client._seconds(timeout_seconds))
+            await _answer(self._room.acquire(), deadline, late)
 
     async def _submit(self, payload: Payload | None, timeout_seconds: float | None) -> "asyncio.Future[Any]":
         self._client._check_open()
@@ -260,12 +264,12 @@ class Stream(OpenStream):
         return reply
 
 
-async def _answer(awaited: Awaitable[_Value], deadline: float | None, late: Unanswered) -> _Value:
-    """Wait for an answer; raises ``late`` when it does not come in time."""
+async def _answer(awaited: Awaitable[_Value], deadline: float | None, late: Callable[[], Unanswered]) -> _Value:
+    """Wait for an answer; raises what ``late`` makes when it does not come in time."""
     try:
         async with asyncio.timeout_at(deadline):
             return await awaited
     except TimeoutError as error:
         if isinstance(error, Unanswered):
             raise
-        raise late from None
+        raise late() from None

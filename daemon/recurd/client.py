@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -23,7 +24,7 @@ import zmq
 
 from recurd.backlog import Record
 from recurd.errors import RecurdError, Unanswered
-from recurd.interface import CLOSED, Connection, OpenStream, closed_error, no_answer
+from recurd.interface import CLOSED, Connection, OpenStream, closed_error
 from recurd.link import Link
 from recurd.signature import Payload, Result
 from recurd.writer import Mode, Writer
@@ -101,7 +102,7 @@ class Client(Connection):
         self._thread.start()
 
     def _wait_for_welcome(self) -> None:
-        _wait(self._welcomed, self._deadline(None), self._no_daemon())
+        _wait(self._welcomed, self._deadline(None), self._no_daemon)
         self._welcomed.result()
 
     # --- calls, on users' threads ---
@@ -132,11 +133,11 @@ class Client(Connection):
             opening.writer = self._session.open(request, opening)
 
         self._hand_over(start)
-        late = no_answer(f"opening stream '{name}'", self._seconds(timeout_seconds))
+        late = partial(self._no_answer, f"opening stream '{name}'", self._seconds(timeout_seconds))
         try:
             _wait(opening, self._deadline(timeout_seconds), late)
         except BaseException:  # the time-out, or Ctrl-C: nobody will use it
-            self._hand_over(lambda: self._session.give_up(opening.writer, late))
+            self._hand_over(lambda: self._session.give_up(opening.writer, late()))
             raise
         opening.result()
         return Stream(self, opening.writer)
@@ -152,7 +153,7 @@ class Client(Connection):
         deadline = self._deadline(timeout_seconds)
         futures = self.submit_many(chunks, timeout_seconds=timeout_seconds)
         for stream, future in futures.items():
-            _wait(future, deadline, stream._late(deadline))
+            _wait(future, deadline, stream._late(deadline.seconds))
         return {stream: future.result() for stream, future in futures.items()}
 
     def submit_many(
@@ -273,7 +274,7 @@ class Stream(OpenStream):
     """An open stream. Chunks run in the order they are handed in. Made by :meth:`Client.open`."""
 
     def __init__(self, client: Client, writer: Writer) -> None:
-        super().__init__(writer, client._session)
+        super().__init__(writer, client)
         self._client = client
         self._room = threading.Semaphore(client._queue_limit)
 
@@ -292,7 +293,7 @@ class Stream(OpenStream):
         """
         deadline = self._client._deadline(timeout_seconds)
         future = self._submit(self._payload(x), deadline)
-        _wait(future, deadline, self._late(deadline))
+        _wait(future, deadline, self._late(deadline.seconds))
         result: Result = future.result()
         return result
 
@@ -308,7 +309,7 @@ class Stream(OpenStream):
         """Start afresh after the chunks handed in before: the next step starts from the initial state."""
         deadline = self._client._deadline(timeout_seconds)
         future = self._submit(None, deadline)
-        _wait(future, deadline, self._late(deadline))
+        _wait(future, deadline, self._late(deadline.seconds, "the reset"))
         future.result()
 
     def close(self, *, timeout_seconds: float | None = None) -> None:
@@ -316,11 +317,9 @@ class Stream(OpenStream):
         deadline = self._client._deadline(timeout_seconds)
         reply = _Reply()
         self._client._hand_over(lambda: self._client._session.close(self._writer, reply))
-        _wait(reply, deadline, self._late(deadline))
+        late = partial(self._client._no_answer, f"closing stream '{self.name}'", deadline.seconds)
+        _wait(reply, deadline, late)
         reply.result()
-
-    def _late(self, deadline: "_Deadline") -> Unanswered:
-        return no_answer(f"stream '{self.name}'", deadline.seconds)
 
     def _record(self, payload: Payload | None) -> Record:
         return Record(_Reply(self._room), payload)
@@ -350,9 +349,9 @@ class _Deadline:
         return None if self._end is None else max(0.0, self._end - time.monotonic())
 
 
-def _wait(future: Future[Any], deadline: _Deadline, late: Unanswered) -> None:
-    """Wait until a future is done, whatever its outcome. Raises ``late`` when it is not in time."""
+def _wait(future: Future[Any], deadline: _Deadline, late: Callable[[], Unanswered]) -> None:
+    """Wait until a future is done, whatever its outcome. Raises what ``late`` makes when it is not in time."""
     try:
         future.exception(deadline.left())
     except FutureTimeoutError:
-        raise late from None
+        raise late() from None

@@ -1,6 +1,7 @@
 """What the threaded and the asyncio client share: what their objects tell, and how a call becomes a request."""
 
 import math
+from functools import partial
 from typing import Any, get_args
 
 import numpy.typing as npt
@@ -17,9 +18,10 @@ CLOSED = "the client is closed"
 class OpenStream:
     """One open stream, as far as it does not depend on threads or asyncio."""
 
-    def __init__(self, writer: Writer, session: Session) -> None:
+    def __init__(self, writer: Writer, connection: "Connection") -> None:
         self._writer = writer
-        self._session = session
+        self._connection = connection
+        self._session = connection._session
 
     @property
     def name(self) -> str:
@@ -57,6 +59,11 @@ class OpenStream:
         return self._writer.last_fresh
 
     @property
+    def is_connected(self) -> bool:
+        """Whether there is a connection to the daemon at this moment."""
+        return self._connection.is_connected
+
+    @property
     def max_chunk_steps(self) -> int:
         """Steps a chunk may have: the daemon's limit, and what fits in a message of its limit."""
         room = self._max_message_bytes - wire.HEADER_BYTES
@@ -84,14 +91,21 @@ class OpenStream:
         assert self._session.welcome is not None  # as above
         return self._session.welcome.max_message_bytes
 
+    def _late(self, seconds: float | None, what: str = "the chunk") -> "partial[Unanswered]":
+        """What makes the error of a call on this stream that has waited long enough."""
+        place = f"{what} keeps its place and must not be sent again"
+        return partial(self._connection._no_answer, f"stream '{self.name}'", seconds, place)
+
     def _no_room(self, seconds: float | None) -> Unanswered:
-        return Unanswered(f"stream '{self.name}' has too many unanswered chunks; no room within {seconds or 0:g} s")
+        text = f"stream '{self.name}' has too many unanswered chunks; no room within {seconds or 0:g} s"
+        return Unanswered(text + self._connection._connection_note())
 
 
 class Connection:
     """A client, as far as it does not depend on threads or asyncio."""
 
     def __init__(self, endpoint: str, token: Any, now: float, timeout_seconds: float, queue_limit: int) -> None:
+        check_endpoint(endpoint)
         self.endpoint = endpoint
         self._session = Session(token, now)
         self._timeout_seconds = timeout_seconds
@@ -108,7 +122,16 @@ class Connection:
         """The public contracts of the daemon's models, by name."""
         return self.server.models
 
+    @property
+    def is_connected(self) -> bool:
+        """Whether there is a connection to the daemon at this moment."""
+        return self._session.is_ready
+
     def _request(self, name: str, model: str | None, mode: Mode, idle_timeout_seconds: float | None) -> wire.Open:
+        if not isinstance(name, str):
+            raise TypeError(f"a stream's name is a string, not {name!r}")
+        if not isinstance(model, str | None):
+            raise TypeError(f"a model's name is a string, not {model!r}")
         if mode not in get_args(Mode):
             raise ValueError(f"mode is one of {', '.join(get_args(Mode))}, not '{mode}'")
         if model is None:
@@ -123,12 +146,26 @@ class Connection:
         return None if math.isinf(seconds) else seconds
 
     def _no_daemon(self) -> Unanswered:
-        return Unanswered(f"no daemon answered at {self.endpoint} within {self._timeout_seconds:g} s")
+        return Unanswered(
+            f"no daemon answered at {self.endpoint} within {self._timeout_seconds:g} s; start one with 'recurd serve'"
+        )
+
+    def _no_answer(self, what: str, seconds: float | None, *notes: str) -> Unanswered:
+        """The error of a call that has waited long enough, made at that moment."""
+        text = "; ".join([f"{what} was not answered within {seconds or 0:g} s", *notes])
+        return Unanswered(text + self._connection_note())
+
+    def _connection_note(self) -> str:
+        return "" if self.is_connected else f"; there is no connection to {self.endpoint} at present"
 
 
-def no_answer(what: str, seconds: float | None) -> Unanswered:
-    """The error of a call that has waited long enough."""
-    return Unanswered(f"{what} was not answered within {seconds or 0:g} s")
+def check_endpoint(endpoint: str) -> None:
+    """Hold a daemon's address against the forms there are, before anything is tried. Raises :class:`RecurdError`."""
+    scheme, _, address = str(endpoint).partition("://")
+    host, _, port = address.rpartition(":")
+    is_tcp = scheme == "tcp" and host and port.isascii() and port.isdigit() and 0 < int(port) < 65_536
+    if not is_tcp and not (scheme == "ipc" and address.strip("/")):
+        raise RecurdError(f"'{endpoint}' is neither tcp://host:port nor ipc:///path")
 
 
 def closed_error() -> RecurdError:

@@ -137,6 +137,11 @@ class Session:
         """Whether there is a connection to keep."""
         return self._state in (_State.GREETING, _State.READY)
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether the daemon has welcomed us on the present connection."""
+        return self._state is _State.READY
+
     def connected(self, now: float) -> None:
         """A new connection is there (or being made; frames may be sent on it at once)."""
         self.connections += 1

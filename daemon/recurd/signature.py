@@ -84,16 +84,25 @@ class Signature:
             TypeError: not numbers, or floating-point numbers for a model that takes token ids.
             ValueError: not of that shape.
         """
-        array = np.asarray(x)
+        try:
+            array = np.asarray(x)
+        except ValueError:
+            raise ValueError("a chunk is a rectangular array of numbers, and the rows of this one differ") from None
         if array.dtype != self._dtype:
             array = self._convert(array)
         if array.shape[1:] != self.shape or array.ndim == 0:
             if self.width != 1 or array.ndim != 1:
-                raise ValueError(f"a chunk of this model is {self._expected()}, this one is {list(array.shape)}")
+                hint = "; one step is x[None]" if array.ndim and array.shape == self.shape else ""
+                raise ValueError(f"a chunk of this model is {self._expected()}, this one is {list(array.shape)}{hint}")
             array = array.reshape(-1, *self.shape)
         return Payload(array.tobytes(), len(array), self.width, self._wire_dtype)
 
     def _convert(self, array: Array) -> Array:
+        if array.dtype.kind in "OSU":
+            raise TypeError(
+                f"a chunk of this model is {self._expected()}, and this one holds something that is no such number "
+                "(None, text, an object)"
+            )
         if array.dtype.kind not in "biuf" or not np.can_cast(array.dtype, self._dtype, "same_kind"):
             raise TypeError(
                 f"this model takes {self._dtype.name}, and {array.dtype} cannot be converted to that safely"

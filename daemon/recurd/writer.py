@@ -160,7 +160,7 @@ class Writer:
         """Why the stream that was opened is not the one we had; ``None`` when it is."""
         if handle != self.handle:
             # A handle names one life of a stream: the daemon was restarted, and another client came first.
-            text = f"the state of stream '{self.stream}' is lost, and another client has started it afresh"
+            text = _forgotten(self.stream) + "; another client has started it afresh since"
             return Broken(Code.UNKNOWN_STREAM, text, generation=body.generation, last_seq=body.last_seq)
         if body.last_seq >= self.backlog.next_seq:
             return self._taken_over()
@@ -186,7 +186,13 @@ class Writer:
         elif error.code in PASSING or (self.is_open and error.code in (Code.DRAINING, Code.INTERNAL)):
             self._wait(error, now)
         else:
-            self.end(_broken(error) if self.is_open else error)
+            self.end(self._not_resumed(error) if self.is_open else error)
+
+    def _not_resumed(self, error: Refused) -> Broken:
+        """The error of a stream that was open and is not opened again. Who uses it never asked to resume it."""
+        if error.code is Code.UNKNOWN_STREAM:
+            return Broken(error.code, f"{_forgotten(self.stream)}; open it again to start afresh")
+        return _broken(error)
 
     def _wait(self, error: Refused, now: float) -> None:
         """Try again later, and with less at once: what cannot be taken should not come again and again in full."""
@@ -367,6 +373,10 @@ class Writer:
         self._close_tokens.clear()
         self.phase = Phase.ENDED
         self.error = error
+
+
+def _forgotten(stream: str) -> str:
+    return f"the daemon was restarted (or forgot the stream), the state of stream '{stream}' is lost"
 
 
 def _broken(error: Refused) -> Broken:

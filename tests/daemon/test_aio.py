@@ -129,9 +129,11 @@ async def test_a_cut_connection_is_made_anew_and_nothing_is_lost_or_doubled(prox
 
 
 async def test_no_daemon_and_a_wrong_address_are_told_in_a_sentence() -> None:
-    with pytest.raises(recurd.Unanswered, match=r"no daemon answered at tcp://127\.0\.0\.1:9 within 0\.2 s"):
+    with pytest.raises(
+        recurd.Unanswered, match=r"at tcp://127\.0\.0\.1:9 within 0\.2 s; start one with 'recurd serve'"
+    ):
         await aio.connect("tcp://127.0.0.1:9", timeout_seconds=0.2)
-    with pytest.raises(recurd.RecurdError, match="cannot be connected to"):
+    with pytest.raises(recurd.RecurdError, match="'nonsense' is neither tcp://host:port nor ipc:///path"):
         await aio.connect("nonsense")
 
 
@@ -165,7 +167,7 @@ async def test_a_stream_that_broke_says_so_until_it_is_opened_again(daemon: Any,
         await asyncio.to_thread(mortal.kill)
         pending = await stream.submit([1])
         mortal = await asyncio.to_thread(type(daemon), sum_model, port=mortal.port)
-        with pytest.raises(recurd.Broken):
+        with pytest.raises(recurd.Broken, match=r"the daemon was restarted .* stream 'mortal' is lost; open it again"):
             await pending
         for call in (stream.push([1]), stream.reset()):
             with pytest.raises(recurd.Broken):
@@ -174,3 +176,22 @@ async def test_a_stream_that_broke_says_so_until_it_is_opened_again(daemon: Any,
         again = await client.open("mortal")
         assert (await again.push([5])).tolist() == [[5]]  # type: ignore[union-attr]
     await asyncio.to_thread(mortal.stop)
+
+
+async def test_a_call_in_vain_says_that_there_is_no_connection_and_that_its_chunk_keeps_its_place(
+    daemon: Any, sum_model: Any
+) -> None:
+    mortal = await asyncio.to_thread(type(daemon), sum_model)
+    async with aio.connect(mortal.endpoint, timeout_seconds=20) as client:
+        stream = await client.open("in vain")
+        await stream.push([1])
+        await asyncio.to_thread(mortal.stop)
+        gone = f"; there is no connection to {mortal.endpoint} at present$"
+        with pytest.raises(recurd.Unanswered, match="must not be sent again" + gone):
+            await stream.push([1], timeout_seconds=0.5)
+        with pytest.raises(recurd.Unanswered, match="the reset keeps its place .*" + gone):
+            await stream.reset(timeout_seconds=0.01)
+        with pytest.raises(recurd.Unanswered, match="the chunks keep their places .*" + gone):
+            await client.push_many({stream: [1]}, timeout_seconds=0.01)
+        with pytest.raises(recurd.Unanswered, match="closing stream 'in vain' was not answered within .*" + gone):
+            await stream.close(timeout_seconds=0.01)

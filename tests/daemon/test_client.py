@@ -18,6 +18,7 @@ import zmq
 import recurd
 from recurd import wire
 from recurd.errors import Code
+from recurd.signature import Signature
 
 
 @pytest.fixture
@@ -151,12 +152,19 @@ def test_what_the_model_cannot_take_is_refused_before_it_is_sent(client: recurd.
         stream.push(1.0)
     with pytest.raises(TypeError, match="float32"):
         stream.push(np.array([1j]))
-    with pytest.raises(TypeError):
-        stream.push(["one"])
+    for nothing in (["one"], None, [None], [object()]):
+        with pytest.raises(TypeError, match=r"\[steps, 1\] float32 .* holds something that is no such number"):
+            stream.push(nothing)
+    with pytest.raises(ValueError, match="rectangular array of numbers, and the rows of this one differ"):
+        stream.push([[1], [1, 2]])
     with pytest.raises(ValueError, match="over the daemon's"):
         stream.push(np.zeros((client.server.max_message_bytes, 1)))
     with pytest.raises(ValueError, match="name one: sum, two"):
         client.open("which")
+    with pytest.raises(TypeError, match="a stream's name is a string, not 17"):
+        client.open(17)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="a model's name is a string, not 17"):
+        client.open("what", model=17)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="auto, resume, new"):
         client.open("how", model="sum", mode="maybe")  # type: ignore[arg-type]
     assert stream.push([7]).tolist() == [[7]]  # type: ignore[union-attr]
@@ -267,7 +275,7 @@ def test_a_killed_daemon_breaks_its_streams_and_is_used_again_when_it_is_back(su
         mortal.kill()
         pending = stream.submit([1])
         mortal = type(daemon)(sum_model, port=mortal.port)
-        with pytest.raises(recurd.Broken):
+        with pytest.raises(recurd.Broken, match=r"the daemon was restarted .* stream 'mortal' is lost; open it again"):
             pending.result(30)
         with pytest.raises(recurd.Broken) as loss:
             stream.push([1])
@@ -285,9 +293,10 @@ def test_a_stopped_daemon_answers_what_it_took_before_it_goes(sum_model: Path, d
         futures = [stream.submit([1]) for _ in range(100)]
         futures[0].result(20)
         mortal.stop()
+        until(lambda: not client.is_connected)
         answered = [f.exception(0) is None for f in futures if f.done()]
         assert answered == sorted(answered, reverse=True)  # results, then refusals
-        with pytest.raises((recurd.Unanswered, recurd.Refused)):
+        with pytest.raises(recurd.Unanswered, match=f"; there is no connection to {mortal.endpoint} at present$"):
             stream.push([1])
 
 
@@ -295,14 +304,32 @@ def test_a_stopped_daemon_answers_what_it_took_before_it_goes(sum_model: Path, d
 
 
 def test_no_daemon_is_told_in_a_sentence() -> None:
-    with pytest.raises(recurd.Unanswered, match=r"no daemon answered at tcp://127\.0\.0\.1:9 within 0\.2 s"):
+    with pytest.raises(
+        recurd.Unanswered, match=r"at tcp://127\.0\.0\.1:9 within 0\.2 s; start one with 'recurd serve'"
+    ):
         recurd.connect("tcp://127.0.0.1:9", timeout_seconds=0.2)
 
 
-@pytest.mark.parametrize("endpoint", ["tcp://127.0.0.1", "nonsense", ""])
-def test_a_wrong_address_is_told_at_once(endpoint: str) -> None:
-    with pytest.raises(recurd.RecurdError, match="cannot be connected to"):
+@pytest.mark.parametrize(
+    "endpoint", ["tcp://127.0.0.1", "127.0.0.1:7070", "tcp://:7070", "tcp://x:0", "ipc://", "udp://x:1", "nonsense", ""]
+)
+def test_a_wrong_address_is_told_before_anything_is_tried(endpoint: str) -> None:
+    with pytest.raises(recurd.RecurdError, match=f"^'{endpoint}' is neither tcp://host:port nor ipc:///path$"):
         recurd.connect(endpoint, timeout_seconds=20)
+
+
+def test_an_address_that_zeromq_does_not_take_is_told_at_once() -> None:
+    with pytest.raises(recurd.RecurdError, match="cannot be connected to"):
+        recurd.connect("ipc:///" + "x" * 200, timeout_seconds=20)
+
+
+def test_one_step_without_its_time_axis_is_told_how_to_get_it() -> None:
+    input = {"dtype": "float32", "shape": [3]}
+    signature = Signature({"input": input, "heads": [{"name": "y", "shape": [1]}]})
+    with pytest.raises(ValueError, match=r"\[steps, 3\] float32, this one is \[3\]; one step is x\[None\]"):
+        signature.payload(np.zeros(3))
+    with pytest.raises(ValueError, match=r"this one is \[4\]$"):
+        signature.payload(np.zeros(4))
 
 
 class Mute:
@@ -383,9 +410,9 @@ def mute() -> Iterator[Mute]:
 def test_every_call_has_its_time_out_and_the_chunk_keeps_its_place(mute: Mute) -> None:
     with recurd.connect(mute.endpoint, timeout_seconds=20, queue_limit=6) as client:
         stream = client.open("s")
-        with pytest.raises(recurd.Unanswered, match=r"0\.05 s"):
+        with pytest.raises(recurd.Unanswered, match=r"0\.05 s; the chunk keeps its place and must not be sent again$"):
             stream.push([1], timeout_seconds=0.05)
-        with pytest.raises(recurd.Unanswered):
+        with pytest.raises(recurd.Unanswered, match="the reset keeps its place"):
             stream.reset(timeout_seconds=0.05)
         with pytest.raises(TimeoutError):
             client.push_many({stream: [1]}, timeout_seconds=0.05)

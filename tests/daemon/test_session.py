@@ -582,6 +582,10 @@ def test_a_restarted_daemon_breaks_its_streams_and_says_so(pair: Pair, writer: W
     pair.settle()
     assert pair.code("b") is Code.UNKNOWN_STREAM
     assert isinstance(pair.outcomes["b"], Broken)
+    assert str(pair.outcomes["b"]) == (
+        "unknown_stream: the daemon was restarted (or forgot the stream), the state of stream 's' is lost; "
+        "open it again to start afresh"
+    )
     pair.push(writer, "c", 1)
     assert isinstance(pair.outcomes["c"], Broken)
     pair.outcomes.clear()
