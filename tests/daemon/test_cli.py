@@ -89,13 +89,40 @@ def test_what_cannot_start_says_so_in_one_line_and_by_its_exit_code(
     assert (result.exit_code, result.stderr, result.stdout) == (error.exit_code, "recurd: this is wrong\n", "")
 
 
-@pytest.mark.parametrize("error", [Refused(Code.BUSY, "try later"), Unanswered("no answer in 5 s")])
-def test_what_a_daemon_answers_is_no_traceback(command: list[BaseException], error: Exception) -> None:
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(Refused(Code.BUSY, "try later"), ExitCode.BUG), (Unanswered("no answer in 5 s"), ExitCode.DEVICE)],
+)
+def test_what_a_daemon_answers_is_no_traceback(command: list[BaseException], error: Exception, code: ExitCode) -> None:
     command.append(error)
 
     result = recurd("fail")
 
-    assert (result.exit_code, result.stderr) == (ExitCode.BUG, f"recurd: {error}\n")
+    assert (result.exit_code, result.stderr) == (code, f"recurd: {error}\n")
+
+
+def test_no_daemon_to_measure_has_the_exit_code_of_no_daemon_to_stream_to() -> None:
+    result = recurd("bench", "--endpoint", "tcp://127.0.0.1:9", "--timeout", "0.2")
+
+    assert (result.exit_code, result.stdout) == (69, "")
+    assert "tcp://127.0.0.1:9" in result.stderr
+    assert "69 no daemon" in recurd("bench", "--help").stdout
+
+
+@pytest.mark.parametrize("command", [["bench"], ["stream", "--stream", "s"]])
+def test_what_is_no_address_is_wrong_usage(command: list[str]) -> None:
+    result = recurd(*command, "--endpoint", "127.0.0.1:7070")
+
+    assert result.exit_code == 2
+    assert "'127.0.0.1:7070' is neither tcp://host:port nor ipc:///path" in result.stderr
+
+
+def test_a_full_disk_is_told_in_a_sentence(pump: Path) -> None:
+    with Path("/dev/full").open("wb") as full:
+        command = [sys.executable, "-W", "error", "-m", "recurd", "inspect", pump]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+
+    assert (done.returncode, done.stderr) == (1, "recurd: standard output takes no more: No space left on device\n")
 
 
 def test_a_bug_keeps_its_traceback(command: list[BaseException]) -> None:
@@ -116,7 +143,10 @@ def test_a_missing_package_is_told_with_the_extra_that_brings_it(command: list[B
     result = recurd("fail")
 
     assert result.exit_code == ExitCode.USAGE
-    assert result.stderr == "recurd: 'recurd fail' needs torch, which is not installed: pip install 'recurd[gpu]'\n"
+    assert result.stderr == (
+        "recurd: 'recurd fail' needs torch: recurd was installed without the extra 'gpu' "
+        "(pip install '.[gpu]' in a checkout)\n"
+    )
 
 
 def test_a_missing_package_is_told_already_when_the_command_is_imported(
@@ -130,8 +160,9 @@ def test_a_missing_package_is_told_already_when_the_command_is_imported(
     result = recurd("demo", "--help")
 
     assert result.exit_code == ExitCode.USAGE
-    assert (
-        result.stderr == "recurd: 'recurd demo' needs sktime, which is not installed: pip install 'recurd[gpu,demo]'\n"
+    assert result.stderr == (
+        "recurd: 'recurd demo' needs sktime: recurd was installed without the extras 'gpu,demo' "
+        "(pip install '.[gpu,demo]' in a checkout)\n"
     )
 
 

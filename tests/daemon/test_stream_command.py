@@ -14,6 +14,7 @@ import msgspec
 import numpy as np
 import pytest
 
+import recurd
 from recurd.cli.rows import InputError, PredictionWriter, reader
 from recurd.signature import Head, Signature
 
@@ -57,6 +58,7 @@ def test_json_rows_are_objects_arrays_or_numbers() -> None:
         ("csv", ["flow,temp,x"], "unexpected: 'x' (--ignore-extra leaves them out)"),
         ("csv", ["flow,temp,flow"], "line 1: a column stands twice: 'flow'"),
         ("csv", ["1,2"], "line 1: the first row holds numbers, not the columns' names (--no-header"),
+        ("csv", ["1,2.5e3"], "line 1: the first row holds numbers"),
         ("csv", ["flow,temp", "1,2", "1"], "line 3: 1 values, 2 expected"),
         ("csv", ["flow,temp", "", "1,two"], "line 3: 'two' is not a finite number (column 'temp')"),
         ("csv", ["temp,flow", "nan,1"], "line 2: nan is not a finite number (column 'temp')"),
@@ -86,6 +88,18 @@ def test_token_ids_are_held_against_the_vocabulary(line: str, sentence: str) -> 
         with pytest.raises(InputError) as error:
             read_all(format, line, header=False, **tokens)
         assert sentence in str(error.value)
+
+
+@pytest.mark.parametrize("first", ["1", "1.0", "1.5", " 2e3"])
+def test_a_first_number_is_no_name_whatever_the_model_takes(first: str) -> None:
+    with pytest.raises(InputError, match=r"line 1: the first row holds numbers, .*--no-header"):
+        read_all("csv", first, dtype="int64", shape=[], features=[], classes=8)
+    with pytest.raises(InputError, match="line 1: the first row holds numbers"):
+        read_all("csv", f"a,{first}", features=[])
+
+
+def test_a_feature_may_be_called_as_a_number_is() -> None:
+    assert read_all("csv", "temp,1", "3,4", features=["1", "temp"]) == [[4, 3]]
 
 
 # --- predictions out ---
@@ -170,7 +184,7 @@ def test_a_slow_source_gets_its_predictions_at_once(daemon: Any) -> None:
         ([], "flow\n1\nx\n", 65, "line 3: 'x' is not a finite number (column 'flow')"),
         ([], "heat\n1\n", 65, "missing: 'flow'; unexpected: 'heat'"),
         (["--endpoint", "tcp://127.0.0.1:9", "--timeout", "0.2"], "", 69, "no daemon answered at tcp://127.0.0.1:9"),
-        (["--endpoint", "nowhere"], "", 1, "'nowhere' cannot be connected to"),
+        (["--endpoint", "nowhere"], "", 2, "'nowhere' is neither tcp://host:port nor ipc:///path"),
         (["--model", "nope"], "", 1, "unknown_model: there is no model 'nope', only sum, two"),
         (["--format", "xml"], "", 2, "xml"),
         (["no such file.csv"], "", 2, "does not exist"),
@@ -188,7 +202,96 @@ def test_errors_are_a_sentence_and_an_exit_code(
 def test_a_refused_chunk_names_its_lines(daemon: Any) -> None:
     result = run(command(daemon, "overflow", "--chunk-steps", "2"), "flow\n1\n1\n1\n1e300\n")
     assert "lines 4 to 5 were refused: not_finite" in result.stderr
+    assert "; the other rows up to line 3 were answered" in result.stderr
     assert (result.stdout, result.returncode) == ("sum\n1.0\n2.0\n", 1)
+
+
+def test_a_refused_chunk_does_not_cost_the_answers_to_those_behind_it(daemon: Any) -> None:
+    rows = "flow\n1\n1\n1e300\n" + "1\n" * 10
+    result = run(command(daemon, "behind", "--chunk-steps", "1"), rows)
+    assert result.stdout == "sum\n" + "".join(f"{n}.0\n" for n in range(1, 13))
+    assert result.stderr.startswith("recurd: lines 4 to 4 were refused: not_finite")
+    assert result.stderr.endswith("; the other rows up to line 14 were answered\n")
+    assert result.returncode == 1
+
+
+def test_a_broken_row_does_not_cost_the_answers_to_those_before_it(daemon: Any) -> None:
+    result = run(command(daemon, "broken row"), "flow\n" + "1\n" * 150 + "oops\n" + "1\n" * 10)
+    assert result.stdout == "sum\n" + "".join(f"{n}.0\n" for n in range(1, 151))
+    assert result.stderr == (
+        "recurd: line 152: 'oops' is not a finite number (column 'flow'); rows up to line 151 were answered; "
+        "go on from line 152\n"
+    )
+    assert result.returncode == 65
+    goes_on = run(command(daemon, "broken row", "--no-header"), "1\n")
+    assert goes_on.stdout == "151.0\n"
+
+
+def test_a_broken_row_does_not_cut_a_chunk_short_where_that_matters(daemon: Any) -> None:
+    arguments = ["--chunk-steps", "2", "--output", "jsonl"]
+    result = run(command(daemon, "broken exact", *arguments, model="two"), "flow\n1\n1\n1\noops\n")
+    assert result.stdout == '{"total":1.0}\n{"total":2.0,"last":2.0}\n'
+    assert "line 5: 'oops'" in result.stderr
+    assert result.stderr.endswith("; rows up to line 3 were answered; go on from line 4\n")
+
+
+def test_a_model_has_to_be_named_where_there_are_several(daemon: Any) -> None:
+    line = [part for part in command(daemon, "which") if part not in ("--model", "sum")]
+    result = run(line, "flow\n1\n")
+    assert "the daemon serves several models; name one with --model: sum, two" in result.stderr
+    assert (result.returncode, "Traceback" in result.stderr) == (2, False)
+
+
+def test_a_full_disk_is_told_with_the_lines_that_were_answered(daemon: Any) -> None:
+    with Path("/dev/full").open("wb") as full:
+        pipes: dict[str, Any] = {"input": b"flow\n1\n", "stdout": full, "stderr": subprocess.PIPE}
+        result = subprocess.run(command(daemon, "full"), timeout=60, check=False, **pipes)
+    sentence = b"recurd: the predictions cannot be written: No space left on device; no row was answered\n"
+    assert (result.stderr, result.returncode) == (sentence, 1)
+
+
+@pytest.mark.parametrize(
+    ("descriptor", "sentence"), [(0, "standard input is closed: name a FILE"), (1, "standard output is closed")]
+)
+def test_a_closed_standard_stream_is_wrong_usage(daemon: Any, descriptor: int, sentence: str) -> None:
+    shell = ["sh", "-c", f'exec "$@" {descriptor}{"<>"[descriptor]}&-', "sh", *command(daemon, "shut")]
+    result = run(shell)
+    assert sentence in result.stderr
+    assert (result.returncode, "Traceback" in result.stderr) == (2, False)
+
+
+def test_a_closed_streams_state_is_forgotten(daemon: Any) -> None:
+    assert run(command(daemon, "closing", "--close"), "flow\n4\n").stdout == "sum\n4.0\n"
+    with recurd.connect(daemon.endpoint) as client, pytest.raises(recurd.RecurdError, match="closed"):
+        client.open("closing", model="sum", mode="resume")
+
+
+def test_a_lost_state_is_told_with_the_lines_that_were_answered(daemon: Any, sum_model: Path) -> None:
+    mortal = type(daemon)(sum_model)
+    pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen(command(mortal, "lost"), text=True, **pipes) as process:
+        process.stdin.write("flow\n1\n")
+        process.stdin.flush()
+        assert [process.stdout.readline() for _ in range(2)] == ["sum\n", "1.0\n"]
+        mortal.kill()
+        mortal = type(daemon)(sum_model, port=mortal.port)
+        output, errors = process.communicate("1\n", timeout=60)
+    mortal.stop()
+    assert (output, process.returncode) == ("", 1)
+    assert "the daemon was restarted (or forgot the stream), the state of stream 'lost' is lost" in errors
+    assert errors.endswith("; rows up to line 2 were answered\n")
+
+
+def test_a_wait_for_the_daemon_is_told_on_a_terminal() -> None:
+    terminal, other = pty.openpty()
+    line = [sys.executable, "-m", "recurd", "stream", "--endpoint", "tcp://127.0.0.1:9", "--stream", "waits"]
+    with subprocess.Popen(line, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=other) as process:
+        os.close(other)
+        assert select.select([terminal], [], [], 20)[0]
+        assert os.read(terminal, 65536).startswith(b"recurd: waiting for a daemon at tcp://127.0.0.1:9 ...")
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 130
+    os.close(terminal)
 
 
 @pytest.fixture

@@ -180,6 +180,7 @@ def test_without_its_extra_it_says_what_to_install(tmp_path: Path) -> None:
 
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1] == (
-        "recurd: 'recurd demo' needs sktime, which is not installed: pip install 'recurd[gpu,demo]'"
+        "recurd: 'recurd demo' needs sktime: recurd was installed without the extras 'gpu,demo' "
+        "(pip install '.[gpu,demo]' in a checkout)"
     )
     assert "Traceback" not in done.stderr

@@ -4,6 +4,7 @@ So ``recurd --help`` is quick and works with any set of extras, and a command th
 recurd raises on purpose become one line on standard error and their exit code; a traceback means a bug.
 """
 
+import errno
 import os
 from importlib import import_module
 from typing import Any, NamedTuple, NoReturn
@@ -11,9 +12,12 @@ from typing import Any, NamedTuple, NoReturn
 import click
 
 from recurd import __version__
-from recurd.errors import ExitCode, RecurdError, StartError
+from recurd.cli.output import discard_output
+from recurd.errors import ExitCode, RecurdError, StartError, Unanswered
 
 INTERRUPTED = 130
+#: What a write to a full disk fails with.
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
 class Entry(NamedTuple):
@@ -93,8 +97,15 @@ class LazyGroup(click.Group):
             return super().invoke(ctx)
         except StartError as error:
             _exit(str(error), error.exit_code, ctx)
+        except Unanswered as error:
+            _exit(str(error), ExitCode.DEVICE, ctx)  # EX_UNAVAILABLE
         except RecurdError as error:
             _exit(str(error), ExitCode.BUG, ctx)
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise
+            discard_output()
+            _exit(f"standard output takes no more: {error.strerror}", ExitCode.BUG, ctx)
         except ModuleNotFoundError as error:
             _exit(_missing(ctx.invoked_subcommand or "recurd", error), ExitCode.USAGE, ctx)
         except KeyboardInterrupt:
@@ -106,7 +117,11 @@ def _missing(command: str, error: ModuleNotFoundError) -> str:
     if package not in OPTIONAL or command not in COMMANDS:
         raise error
     extras = COMMANDS[command].extras
-    return f"'recurd {command}' needs {package}, which is not installed: pip install 'recurd[{extras}]'"
+    word = "extras" if "," in extras else "extra"
+    return (
+        f"'recurd {command}' needs {package}: recurd was installed without the {word} '{extras}' "
+        f"(pip install '.[{extras}]' in a checkout)"
+    )
 
 
 def _exit(sentence: str, code: int, ctx: click.Context) -> NoReturn:

@@ -11,6 +11,7 @@ import click
 import msgspec
 
 from recurd import child, load
+from recurd.cli.endpoint import checked
 from recurd.errors import ExitCode
 
 EPILOG = """\b
@@ -24,14 +25,14 @@ Without --rate every stream has one chunk in flight and sends the next when it i
 With --rate chunks are due at fixed times, and latency counts from then whether or not the chunk could be sent: a
 stall shows in full. The load comes from this process and shares the machine's cores with a daemon on it.
 \b
-Exit codes: 0 every chunk was answered with a result, 1 some were not, or the daemon refused or did not answer,
-130 interrupted; those of 'recurd serve' when the daemon does not start.
+Exit codes: 0 every chunk was answered with a result, 1 some were not, or the daemon refused, 69 no daemon or no
+answer, 130 interrupted; those of 'recurd serve' when the daemon does not start.
 """
 
 
 @click.command(epilog=EPILOG)
 @click.argument("file", metavar="[MODEL.onnx]", required=False, type=click.Path(path_type=Path))
-@click.option("--endpoint", help="A running daemon's address, instead of MODEL.onnx.")
+@click.option("--endpoint", callback=checked, help="A running daemon's address, instead of MODEL.onnx.")
 @click.option("--model", help="The model; may be left out when the daemon serves one.")
 @click.option("--streams", type=click.IntRange(1, 1_000_000), default=256, show_default=True)
 @click.option("--chunk-steps", type=click.IntRange(1), default=16, show_default=True, help="Time steps a chunk.")

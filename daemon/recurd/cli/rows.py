@@ -110,7 +110,8 @@ class CsvReader(_Reader):
         return self._checked([self._parse(cell) for cell in cells])
 
     def _read_header(self, names: list[str]) -> None:
-        if all(not isinstance(self._parse(name), str) for name in names):
+        numbers = [name for name in names if _is_number(name) and name not in self._names]
+        if len(numbers) == len(names) or (numbers and not self._names):
             raise self._error("the first row holds numbers, not the columns' names (--no-header when there are none)")
         if self._names:
             self._check_names(names)
@@ -124,6 +125,15 @@ class CsvReader(_Reader):
             return int(cell) if self._whole else float(cell)
         except ValueError:
             return cell  # is complained of with its column
+
+
+def _is_number(cell: str) -> bool:
+    """Whether a cell is no name, whatever the model takes."""
+    try:
+        float(cell)
+    except ValueError:
+        return False
+    return True
 
 
 class JsonReader(_Reader):
