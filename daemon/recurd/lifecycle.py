@@ -201,7 +201,8 @@ class Lifecycle:
             raise Refused(Code.TOO_MANY_STREAMS, f"{self._limits.streams} streams are open, the most there may be")
         slot = lane.slots.allocate()
         if slot is None:
-            raise Refused(Code.NO_SLOTS, f"all {lane.slots.count} slots of model '{lane.name}' are taken")
+            text = f"all {lane.slots.count} slots of model '{lane.name}' are taken"
+            raise Refused(Code.NO_SLOTS, f"{text}: close streams, shorten the idle time-out or raise slots")
         ending = self._streams.ending(peer.tenant, request.stream)
         stream = self._streams.add(
             tenant=peer.tenant,

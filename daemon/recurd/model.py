@@ -25,6 +25,7 @@ Array = npt.NDArray[Any]
 
 _CUDA = "CUDAExecutionProvider"
 _CPU = "CPUExecutionProvider"
+_WITHOUT_CUDA = "recurd may be installed without the extra 'cuda' (pip install '.[cuda]' in a checkout)"
 
 
 def resolve_device(wanted: str) -> tuple[str, str | None]:
@@ -47,7 +48,7 @@ def resolve_device(wanted: str) -> tuple[str, str | None]:
 def _cuda_trouble(device: str) -> str | None:
     """Why CUDA cannot be used, or ``None`` when it can."""
     if _CUDA not in ort.get_available_providers():
-        return "this onnxruntime is built without CUDA (install recurd[cuda])"
+        return f"this onnxruntime is built without CUDA; {_WITHOUT_CUDA}"
     identity = onnx.helper.make_node("Identity", ["x"], ["y"])
     value = [onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, [1]) for n in "xy"]
     model = onnx.helper.make_model(
@@ -61,7 +62,7 @@ def _cuda_trouble(device: str) -> str | None:
             ort.preload_dlls()
         session = ort.InferenceSession(model.SerializeToString(), _options(1), providers=[_provider(device)])
         if _CUDA not in session.get_providers():
-            return "the CUDA libraries (install recurd[cuda]) or an NVIDIA GPU and its driver are missing"
+            return f"the CUDA libraries or an NVIDIA GPU and its driver are missing; {_WITHOUT_CUDA}"
         session.run(None, {"x": np.zeros(1, np.float32)})
     except Exception as error:  # the runtime raises its own unexported types
         return _first_line(error)
