@@ -72,7 +72,7 @@ class Daemon:
 
     def __init__(self, *models: Path, port: int = 0) -> None:
         command = [sys.executable, "-m", "recurd", "serve", *map(str, models)]
-        command += ["--bind", f"tcp://127.0.0.1:{port or '*'}", "--device", "cpu", "--metrics", "", "--slots", "64"]
+        command += ["--bind", f"tcp://127.0.0.1:{port or '*'}", "--device", "cpu", "--metrics", "", "--slots", "256"]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         assert self.process.stderr is not None
         log = []
