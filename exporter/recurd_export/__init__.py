@@ -38,7 +38,7 @@ def export(
         model: a ``torch.nn.Module`` with ``nn.LSTM``, ``nn.GRU`` or ``nn.RNN`` anywhere in it. It is left as it was.
         example: an input tensor ``[batch, time, ...]`` as the model takes it (``[time, batch, ...]`` where it does so),
             or a tuple of one and the states the model takes. Float32, or int64 token ids. Its values
-            matter only where the model does not take any number (logarithms, ids as floats).
+            matter only where the model does not take any number (logarithms).
         path: the file to write; the directory must exist. It gets this name only when everything was verified.
         name: name of the model in the daemon; the file's stem when not given.
         version: version of the model.

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recurd_export.errors import ExportError
+from recurd_export.errors import ExportError, ExportUsageError
 from recurd_export.pytorch.layout import check_modules
 from recurd_export.pytorch.watch import first_line, label
 
@@ -44,12 +44,15 @@ def build(target: str) -> tuple[nn.Module, Any]:
 def _find(target: str) -> Any:
     module_name, colon, path = target.partition(":")
     if not colon or not module_name or not path:
-        raise ExportError(f"'{target}' does not name a factory; write package.module:factory")
+        raise ExportUsageError(f"'{target}' does not name a factory; write package.module:factory")
+    if module_name.endswith(".py"):
+        dotted = module_name.removesuffix(".py").strip("./").replace("/", ".")
+        raise ExportUsageError(f"'{target}' names a file, not a module; write {dotted}:{path}")
     try:
         found: Any = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is not None and (module_name == error.name or module_name.startswith(f"{error.name}.")):
-            raise ExportError(f"there is no module '{error.name}' (looked in {os.getcwd()} too)") from error
+            raise ExportUsageError(f"there is no module '{error.name}' (looked in {os.getcwd()} too)") from error
         raise ExportError(f"module '{module_name}' cannot be imported: {first_line(error)}") from error
     except Exception as error:  # the module is the user's code
         raise ExportError(
@@ -57,10 +60,10 @@ def _find(target: str) -> Any:
         ) from error
     for name in path.split("."):
         if not hasattr(found, name):
-            raise ExportError(f"module '{module_name}' has no '{path}'")
+            raise ExportUsageError(f"module '{module_name}' has no '{path}'")
         found = getattr(found, name)
     if not callable(found):
-        raise ExportError(f"'{target}' is {_article(found)}, not a factory of modules")
+        raise ExportUsageError(f"'{target}' is {_article(found)}, not a factory of modules")
     return found
 
 
@@ -96,7 +99,7 @@ def _read_weights(path: Path) -> Mapping[str, Any]:
             return load_file(path)
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise ExportError(f"{path}: cannot be read: {error.strerror or first_line(error)}") from error
+        raise ExportUsageError(f"{path}: cannot be read: {error.strerror or first_line(error)}") from error
     except pickle.UnpicklingError as error:
         raise ExportError(
             f"{path}: holds more than weights, which is not loaded because it could run code; save "

@@ -1,8 +1,8 @@
 """From a trained torch module to a proven contract file: read this first.
 
 Look at the model (``layout``), make its states explicit (``hoist``), trace it (``trace``, ``rewrite``), make sure it
-works step by step (``steps``), convert it to ONNX (``convert``), hold the file against the model (``recurd.verify``
-with ``reference``), give it its final name (``publish``).
+works step by step (``steps``) and takes no index out of range (``bounds``), convert it to ONNX (``convert``), hold the
+file against the model (``recurd.verify`` with ``reference``), give it its final name (``publish``).
 """
 
 import itertools
@@ -40,7 +40,7 @@ from recurd.verify import (
 )
 from recurd_export.errors import ExportError
 from recurd_export.publish import check_target, unpublished
-from recurd_export.pytorch import convert, hoist, layout, rewrite, steps, trace
+from recurd_export.pytorch import bounds, convert, hoist, layout, rewrite, steps, trace
 from recurd_export.pytorch.describe import Facts, describe_layer, describe_model, notes
 from recurd_export.pytorch.layout import Layout
 from recurd_export.pytorch.reference import Reference, returns_state_arguments
@@ -77,6 +77,7 @@ def export(model: nn.Module, example: Any, path: Path, facts: Facts, progress: P
         progress(STAGES[2])
         rewrite.settle(program)
         steps.check(program, found)
+        found = bounds.settle(program, found)
         progress(STAGES[3])
         contract = describe_model(model, found, program, facts)
         proto = _convert(program, contract)

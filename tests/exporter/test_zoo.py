@@ -626,7 +626,7 @@ def test_token_ids_have_a_bound(exported: Callable[[str], Exported]) -> None:
 @pytest.mark.parametrize(
     ("name", "note"),
     [
-        ("heads of two types", "the heads are of different element types"),
+        ("heads of two types", "head 'class' holds whole numbers and is sent as float32"),
         ("time-major LSTM", "the model's own input is [time, batch, ...]"),
         ("takes positive numbers", "the model does not take any number, so it was verified on steps of the example"),
         ("LSTM both ways, 2 layers", "the model looks ahead"),

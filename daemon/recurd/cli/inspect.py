@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 import msgspec
+import numpy as np
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -47,7 +48,8 @@ def rows(contract: Contract) -> Iterator[tuple[str, str]]:
         yield "head", _head(head)
     for state in contract.states:
         yield "state", _state(state)
-    yield "state row", f"{sum(state.width for state in contract.states)} elements a stream"
+    size = sum(state.width * np.dtype(state.dtype).itemsize for state in contract.states)
+    yield "state row", f"{sum(state.width for state in contract.states)} elements, {size} bytes a stream"
     yield "causal", "yes" if contract.causal else "no: results depend on how a stream is cut into chunks"
     versions = ", ".join(f"{name} {version}" for name, version in contract.source.versions.items())
     yield "source", f"{contract.source.model or contract.source.framework} ({versions})"

@@ -129,7 +129,6 @@ def notes(found: Layout, contract: Contract) -> Iterator[str]:
         yield f"rounding grows in this model, so relative errors up to {contract.proof.rtol:.1e} are allowed"
     if found.arguments.drawn:
         yield "the model does not take any number, so it was verified on steps of the example; give a real one"
-    if contract.input.dtype == "int64" and contract.input.classes is None:
-        yield "how many token ids the model has is not known, so ids out of range will not be refused"
-    if len({head.dtype for head in contract.heads}) > 1:
-        yield "the heads are of different element types, which the daemon cannot send in one result; cast them to one"
+    for head in found.heads:
+        if head.as_float:
+            yield f"head '{head.name}' holds whole numbers and is sent as float32, as the other heads are"

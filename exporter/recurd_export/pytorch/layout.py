@@ -34,6 +34,11 @@ from recurd_export.pytorch.watch import (
     watch,
 )
 
+NO_CLASSES = (
+    "the input is int64, and nothing in the model says how many ids there are; let the ids go through an nn.Embedding "
+    "as they come, or make an input of numbers float32"
+)
+
 _CLASSES: dict[str, type[nn.RNNBase]] = {"LSTM": nn.LSTM, "GRU": nn.GRU, "RNN_TANH": nn.RNN, "RNN_RELU": nn.RNN}
 
 
@@ -180,8 +185,12 @@ def _batch_axes(state: Tensor, batch: int) -> list[int]:
 
 
 def _classes(x: Tensor, run: Run) -> int | None:
-    sizes = [size for size, ids in run.lookups if not x.is_floating_point() and bool(torch.isin(ids, x).all())]
-    return min(sizes, default=None)
+    """How many ids there are, as far as a run shows it (``bounds`` reads it from the graph)."""
+    if x.is_floating_point():
+        return None
+    if not run.lookups:
+        raise ExportError(NO_CLASSES)
+    return min((size for size, ids in run.lookups if bool(torch.isin(ids, x).all())), default=None)
 
 
 def _check_sizes(run: Run) -> None:

@@ -25,9 +25,14 @@ class HeadLayout:
     time_axis: int | None = None
     #: With steps and rows in one axis (at ``batch_axis``): which of the two runs slower.
     outer: Literal["batch", "time"] | None = None
+    #: Whole numbers that are sent as float32, because other heads are and a result has one type.
+    as_float: bool = False
 
     def arrange(self, tensor: Tensor, batch: Any, steps: Any) -> Tensor:
         """The head as ``[batch, time, ...]``, or ``[batch, ...]`` for the last step."""
+        return self._ordered(tensor.to(torch.float32) if self.as_float else tensor, batch, steps)
+
+    def _ordered(self, tensor: Tensor, batch: Any, steps: Any) -> Tensor:
         if self.outer is not None:
             sizes = (batch, steps) if self.outer == "batch" else (steps, batch)
             shape = (*tensor.shape[: self.batch_axis], *sizes, *tensor.shape[self.batch_axis + 1 :])
@@ -58,7 +63,22 @@ def find_outputs(
         tensors = [leaves[position][1] for leaves in found]
         head = _axes(name, position, [tuple(tensor.shape) for tensor in tensors], runs[0])
         heads.append(_order(model, arguments, head, tensors[0]) if head.outer else head)
-    return tuple(heads), states
+    return _of_one_type(heads, [tensor.dtype for _, tensor in found[0]]), states
+
+
+def _of_one_type(heads: Sequence[HeadLayout], dtypes: Sequence[torch.dtype]) -> tuple[HeadLayout, ...]:
+    """The heads, whole numbers beside float32 being sent as float32. Raises :class:`ExportError` for other mixtures."""
+    kinds = {dtypes[head.position] for head in heads}
+    if len(kinds) == 1:
+        return tuple(heads)
+    whole = {kind for kind in kinds if not kind.is_floating_point and not kind.is_complex}
+    if kinds - whole != {torch.float32} or torch.bool in whole:
+        each = ", ".join(f"'{head.name}' {str(dtypes[head.position]).removeprefix('torch.')}" for head in heads)
+        raise ExportError(
+            f"the heads are of different types ({each}), and a result has one; cast them to one type in the forward, "
+            f"for example with .float()"
+        )
+    return tuple(replace(head, as_float=dtypes[head.position] in whole) for head in heads)
 
 
 def _returned_states(arguments: Arguments, run: Run, tensors: Sequence[Tensor]) -> tuple[int, ...]:

@@ -129,6 +129,8 @@ class Reference:
         tensor = found[layout.position]
         if tensor.dim() == _rank(layout.outer is not None, shape):
             tensor = layout.arrange(tensor, batch, steps)
+        if layout.as_float:
+            tensor = tensor.to(torch.float32)
         # A squeeze() without an axis may have taken a batch or a time of one away.
         array: Array = tensor.reshape(shape).numpy()
         return array

@@ -80,9 +80,14 @@ def _value(index: Any) -> Any:
 
 def _is_last(index: Any, time: torch.SymInt) -> bool:
     index = _value(index)
-    return index == -1 if isinstance(index, int) else isinstance(index, torch.SymInt) and bool(index == time - 1)
+    return index == -1 if isinstance(index, int) else _same(index, time - 1)
 
 
 def _is_end(index: Any, time: torch.SymInt) -> bool:
     index = _value(index)
-    return index >= 2**62 if isinstance(index, int) else isinstance(index, torch.SymInt) and bool(index == time)
+    return index >= 2**62 if isinstance(index, int) else _same(index, time)
+
+
+def _same(index: Any, size: torch.SymInt) -> bool:
+    """Whether two sizes are the same formula; as a condition they would be compared for the traced sizes only."""
+    return isinstance(index, torch.SymInt) and bool(index.node.expr - size.node.expr == 0)

@@ -89,7 +89,7 @@ def _check_chunks(graph: Graph, layout: Layout, initial: Sequence[Tensor]) -> No
     node = _first(graph, differs)
     if node is not None:
         raise ExportError(
-            f"{_describe(node)} {_reason(node)}, so results would depend on how a stream is cut into chunks"
+            f"{describe_node(node)} {_reason(node)}, so results would depend on how a stream is cut into chunks"
         )
 
 
@@ -125,8 +125,8 @@ def _check_rows(graph: Graph, layout: Layout, initial: Sequence[Tensor]) -> None
     node = _first(graph, differs)
     if node is not None:
         raise ExportError(
-            f"{_describe(node)} mixes the rows of a batch or reads padded steps, so a stream's results would depend on "
-            f"the streams it runs with"
+            f"{describe_node(node)} mixes the rows of a batch or reads padded steps, so a stream's results would "
+            f"depend on the streams it runs with"
         )
 
 
@@ -172,7 +172,7 @@ def _name(node: fx.Node) -> str:
     return str(getattr(target, "_opname", None) or getattr(target, "__name__", target))
 
 
-def _describe(node: fx.Node) -> str:
+def describe_node(node: fx.Node) -> str:
     """The innermost layer a node belongs to, or the operator and the line of the model's own code."""
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     path, kind = stack[-1] if stack else ("", "")
