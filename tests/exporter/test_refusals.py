@@ -91,7 +91,7 @@ MIXING: dict[str, tuple[nn.Module, str]] = {
     "flip": (Net(None, lambda net, y: y.flip(1)), "turns time round"),
     "first step": (Net(None, lambda net, y: y[:, 0]), "picks one step (only the last one can be picked)"),
     "a step that is the last for one length": (
-        Net(None, lambda net, y: y[:, y.shape[1] - 1 - y.shape[1] // 12]), "mixes the rows of a batch or reads padded steps",
+        Net(None, lambda net, y: y[:, y.shape[1] - 1 - y.shape[1] // 12]), "mixes the rows of a batch",
     ),
     "steps but the first": (Net(lambda net, x: x[:, 1:]), "runs over a batch of 3 and 10 steps"),
     "every other step": (Net(lambda net, x: x[:, ::2]), "runs over a batch of 3 and 6 steps"),
