@@ -207,7 +207,9 @@ def load(path: str | Path) -> tuple[onnx.ModelProto, Contract]:
     except OSError as error:
         raise ContractError(f"{path}: cannot be read: {error.strerror}") from error
     except Exception as error:  # protobuf and the checker raise many types for one fact
-        raise ContractError(f"{path}: not a valid ONNX model: {_first_line(error)}") from error
+        raise ContractError(
+            f"{path}: not a valid ONNX model (is it the file that recurd export wrote?): {_first_line(error)}"
+        ) from error
     try:
         contract = msgspec.json.decode(_contract_text(path, model), type=Contract)
     except OSError as error:
