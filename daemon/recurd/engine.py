@@ -144,22 +144,16 @@ class Engine:
         lane = stream.lane
         lane.stats.chunks_received += 1
         chunk = Chunk(header.seq, header.generation, now, header.steps, lane.read(header, payload, is_finite))
-        lane.enter(chunk, not stream.queue)
-        stream.accepted = header.seq
-        stream.queue.append(chunk)
-        if len(stream.queue) == 1:
+        if _accept(stream, chunk):
             lane.scheduler.add(stream)
 
     def _on_reset(self, header: wire.Header, peer: Peer, now: float) -> None:
         stream = self._admit(header, peer, now)
         if stream is None:
             return
-        reset = Chunk(header.seq, header.generation + 1, now, steps=0)
-        stream.lane.enter(reset, not stream.queue)
+        is_first = _accept(stream, Chunk(header.seq, header.generation + 1, now, steps=0))
         stream.generation += 1
-        stream.accepted = header.seq
-        stream.queue.append(reset)
-        if len(stream.queue) == 1:
+        if is_first:
             self._settle(stream)
 
     def _admit(self, header: wire.Header, peer: Peer, now: float) -> Stream | None:
@@ -320,6 +314,15 @@ class Engine:
             or len(self._streams) >= self._max_streams
             or all(len(lane.slots) == lane.slots.count for lane in self._lanes.values())
         )
+
+
+def _accept(stream: Stream, record: Chunk) -> bool:
+    """Queue a record that was admitted; whether it is the only one. Raises :class:`Refused` (``busy``)."""
+    is_first = not stream.queue
+    stream.lane.enter(record, is_first)
+    stream.accepted = record.seq
+    stream.queue.append(record)
+    return is_first
 
 
 def _count_tick(stats: ModelStats, tick: Tick, finished: list[float], now: float) -> None:

@@ -6,6 +6,7 @@ chunk's input goes to the device and nothing but the heads comes back.
 
 import contextlib
 import os
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,6 @@ class Model:
             self._binding.bind_ortvalue_input(arena.name, buffer)
             self._binding.bind_ortvalue_output(f"{arena.name}.next", buffer)
         self._readers = [self._make_session(graph.row_reader(arena), 1) for arena, _ in self._arenas]
-        self._writers = [self._make_session(graph.row_writer(arena, self._scatter), 1) for arena, _ in self._arenas]
         self._heads = [(head, np.dtype(head.dtype)) for head in contract.heads]
 
     @classmethod
@@ -124,6 +124,11 @@ class Model:
             raise type(error)(f"{path}: {error}") from error
         except Exception as error:  # the runtime raises its own unexported types
             raise ContractError(f"{path}: the runtime does not take it: {_first_line(error)}") from error
+
+    @cached_property
+    def _writers(self) -> list[ort.InferenceSession]:
+        """A session for each arena; serving does not need them, so they are made when states are first written."""
+        return [self._make_session(graph.row_writer(arena, self._scatter), 1) for arena, _ in self._arenas]
 
     @property
     def state_bytes(self) -> int:
