@@ -54,8 +54,8 @@ def export(
     Raises:
         ExportError: the model cannot be exported, or its file does not do the same; nothing is left at ``path``.
     """
-    from recurd_export import pipeline  # torch and onnx take seconds to import
-    from recurd_export.pytorch.describe import Facts
+    from recurd_export import pipeline, sources  # onnx, torch and keras take seconds to import
+    from recurd_export.facts import Facts
 
     target = Path(path)
     facts = Facts(
@@ -66,4 +66,4 @@ def export(
         labels={head: tuple(names) for head, names in (labels or {}).items()},
         sample_rate_hz=sample_rate_hz,
     )
-    return pipeline.export(model, example, target, facts, progress or (lambda stage: None))
+    return pipeline.export(sources.front_end(model, example), target, facts, progress or (lambda stage: None))

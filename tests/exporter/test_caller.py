@@ -161,7 +161,7 @@ def test_a_failed_check_leaves_the_file_that_was_there(tmp_path: Path, monkeypat
         return model
 
     to_onnx = convert.to_onnx
-    monkeypatch.setattr(pipeline.convert, "to_onnx", spoiled)
+    monkeypatch.setattr(convert, "to_onnx", spoiled)
 
     with pytest.raises(ExportError, match=r"in the check 'alone' '\S+' is off by 0\.00\d+, at most \S+e-05 is"):
         recurd_export.export(nn.GRU(3, 4, batch_first=True), torch.zeros(1, 2, 3), path)

@@ -1,7 +1,7 @@
 """Makes arguments of any batch size and number of steps out of the one example."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ class Arguments:
     classes: int | None = None
 
     @property
-    def dtype(self) -> str:
+    def dtype(self) -> Literal["float32", "int64"]:
         """``float32`` or ``int64``."""
         return "int64" if self.example.dtype == torch.int64 else "float32"
 

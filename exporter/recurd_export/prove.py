@@ -1,0 +1,106 @@
+"""Holds a candidate against its source model, in a plain session and in the daemon's tick, and records the proof."""
+
+import numpy as np
+
+from recurd.contract import Golden, Proof
+from recurd.contract import Tensor as Stored
+from recurd.model import Model
+from recurd.verify import (
+    ATOL,
+    RAGGED,
+    RTOL,
+    Check,
+    Inputs,
+    Tolerance,
+    alone,
+    compare,
+    describe,
+    drive,
+    hold_against,
+    together,
+)
+from recurd_export.candidate import Candidate
+from recurd_export.errors import ExportError
+from recurd_export.session import Session
+
+#: Rows, steps and most elements of any tensor of a golden run.
+GOLDEN_LENGTHS = (6, 3, 1)
+GOLDEN_ELEMENTS = 50_000
+#: Float32 rounding of the model itself, measured against float64, may be this many times larger in the file.
+NOISE_FACTOR = 8.0
+#: A model whose rounding asks for more than this is refused.
+MAX_RTOL = 0.05
+
+
+def prove(candidate: Candidate) -> tuple[Proof, list[Check]]:
+    """Every check of a candidate, and what the file is to carry of them.
+
+    Raises :class:`ExportError` when one does not hold.
+    """
+    tolerance = _tolerance(candidate)
+    inputs, contract = candidate.inputs, candidate.contract
+    session = Session(candidate.proto, contract)
+    tick = Model(candidate.proto, contract, device="cpu", slots=len(RAGGED), threads=1)
+    # Of the two runs the worse stands in the report and in the proof.
+    checks = [
+        max(map(hold, both), key=lambda check: check.error)
+        for both in zip(
+            hold_against(session, candidate.reference, inputs, tolerance, np.random.default_rng(0)),
+            hold_against(tick, candidate.reference, inputs, tolerance, np.random.default_rng(0)),
+            strict=True,
+        )
+    ]
+    checks += map(hold, candidate.more_checks(inputs, tolerance))
+    errors = {check.name: check.error for check in checks}
+    return Proof(atol=tolerance.atol, rtol=tolerance.rtol, errors=errors, golden=_golden(session, inputs)), checks
+
+
+def hold(check: Check) -> Check:
+    """The check, if it held. Raises :class:`ExportError`."""
+    if not check.ok:
+        raise ExportError(f"the exported model is not the source model: in the check '{check.name}' {describe(check)}")
+    return check
+
+
+def _tolerance(candidate: Candidate) -> Tolerance:
+    """The usual bound, or a wider one where the model's own float32 rounding (against float64) asks for it.
+
+    Raises :class:`ExportError` for a model in which rounding grows so much that nothing could be verified.
+    """
+    usual = max(RTOL, candidate.coarseness)
+    if candidate.exact is None:
+        return Tolerance(rtol=usual)
+    streams = candidate.inputs.draw(RAGGED, np.random.default_rng(0))
+    plan = alone(together(RAGGED))
+    single = drive(candidate.reference, streams, plan)
+    try:
+        exact = drive(candidate.exact, streams, plan)
+    except ExportError:
+        return Tolerance(rtol=usual)  # its code does not run in float64
+    noise = compare("rounding", exact, single, Tolerance(atol=float(np.finfo(np.float32).tiny), rtol=1.0))
+    relative = NOISE_FACTOR * noise.error / noise.bound
+    if not relative < MAX_RTOL and noise.error > ATOL:
+        raise ExportError(
+            f"float32 rounding grows to {noise.error:.1g} in '{noise.tensor}' within {max(RAGGED)} steps, so nothing "
+            f"can be verified; are the recurrent weights too large?"
+        )
+    return Tolerance(rtol=max(usual, relative) if noise.error > ATOL else usual)
+
+
+def _golden(session: Session, inputs: Inputs) -> Golden:
+    """A short ragged run of the plain file, small enough to live in it."""
+    contract = session.contract
+    widest = max(contract.input.width, *(h.width for h in contract.heads), *(s.width for s in contract.states))
+    steps = max(1, GOLDEN_ELEMENTS // widest // len(GOLDEN_LENGTHS))
+    lengths = np.array([min(length, steps) for length in GOLDEN_LENGTHS], np.int32)
+    rows = len(lengths)
+    x = np.stack(inputs.draw([int(lengths.max())] * rows, np.random.default_rng(2)))
+    slots = np.arange(rows, dtype=np.int64)
+    outputs = session.run(slots, np.ones(rows, bool), lengths, x)
+    states = session.read(slots)
+    return Golden(
+        input=Stored.of(x),
+        lengths=Stored.of(lengths),
+        outputs={h.name: Stored.of(output) for h, output in zip(contract.heads, outputs, strict=True)},
+        states={s.name: Stored.of(np.moveaxis(states[s.name], 0, s.batch_axis)) for s in contract.states},
+    )

@@ -1,0 +1,84 @@
+"""The front end for torch modules.
+
+Look at the model (``layout``), make its states explicit (``hoist``), trace it (``trace``, ``rewrite``), make sure it
+works step by step (``steps``) and takes no index out of range (``bounds``), convert it to ONNX (``convert``).
+"""
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from torch import nn
+
+from recurd.contract import Contract
+from recurd.verify import EQUAL, Check, Inputs, Piece, Tolerance, compare, drive
+from recurd_export import pipeline
+from recurd_export.candidate import Candidate
+from recurd_export.facts import Facts
+from recurd_export.pytorch import bounds, convert, hoist, layout, rewrite, steps, trace
+from recurd_export.pytorch.describe import describe_layer, describe_model, notes
+from recurd_export.pytorch.reference import Reference, returns_state_arguments
+
+
+def front(model: nn.Module, example: Any) -> pipeline.FrontEnd:
+    """The front end for one module, which is left as it was."""
+    source = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
+
+    def look(facts: Facts, progress: pipeline.Progress) -> Candidate:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            return _candidate(source, example, facts, progress)
+
+    return look
+
+
+def _candidate(model: nn.Module, example: Any, facts: Facts, progress: pipeline.Progress) -> Candidate:
+    progress(pipeline.LOOK)
+    found = layout.find(model, example)
+    progress(pipeline.TRACE)
+    hoisted = hoist.Hoisted(model, found)
+    with convert.quiet():
+        program = trace.trace(model, hoisted)
+    progress(pipeline.STEPS)
+    rewrite.settle(program)
+    steps.check(program, found)
+    found = bounds.settle(program, found)
+    progress(pipeline.CONVERT)
+    contract = describe_model(model, found, program, facts)
+    reference = Reference(model, found, contract)
+    known = found.arguments.known
+
+    def check_passing(inputs: Inputs, tolerance: Tolerance) -> Iterator[Check]:
+        if returns_state_arguments(found):
+            yield _check_passing(reference, inputs, tolerance)
+
+    return Candidate(
+        proto=_convert(program, contract),
+        contract=contract,
+        reference=reference,
+        exact=Reference(model, found, contract, double=True),
+        inputs=Inputs(contract.input, None if known is None else known.numpy()),
+        more_checks=check_passing,
+        hoisted=tuple(describe_layer(recurrence) for recurrence in found.recurrences),
+        notes=tuple(notes(found, contract)),
+    )
+
+
+def _convert(program: torch.export.ExportedProgram, contract: Contract) -> onnx.ModelProto:
+    inputs = [contract.input.name, contract.lengths, *(state.name for state in contract.states)]
+    outputs = [head.name for head in contract.heads] + [state.output for state in contract.states]
+    proto = convert.to_onnx(program, inputs, outputs)
+    convert.finish(proto, contract)
+    return proto
+
+
+def _check_passing(reference: Reference, inputs: Inputs, tolerance: Tolerance) -> Check:
+    """The model driven as its own callers do, its returned state handed back, gives what hoisted states give."""
+    streams = inputs.draw(EQUAL, np.random.default_rng(1))
+    cuts = (0, 4, 5, EQUAL[0])
+    plan = [[Piece(stream, start, stop) for stream in range(len(EQUAL))] for start, stop in itertools.pairwise(cuts)]
+    return compare(
+        "state passed along", reference.pass_along(streams, cuts), drive(reference, streams, plan), tolerance
+    )
