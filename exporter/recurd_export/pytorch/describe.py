@@ -1,6 +1,6 @@
 """What was found out about a model, as the contract and the report say it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import onnx
@@ -14,6 +14,7 @@ from recurd_export.errors import ExportError
 from recurd_export.facts import Facts
 from recurd_export.pytorch.layout import Layout, Recurrence
 from recurd_export.pytorch.outputs import HeadLayout
+from recurd_export.pytorch.state import StateLayout
 from recurd_export.report import Layer
 
 
@@ -27,7 +28,7 @@ def describe_model(model: nn.Module, found: Layout, program: torch.export.Export
         version=facts.version,
         input=facts.input(found.arguments.dtype, found.arguments.step_shape, found.arguments.classes),
         heads=tuple(_head(head, value, facts) for head, value in zip(found.heads, values, strict=True)),
-        states=tuple(state for recurrence in found.recurrences for state in _states(recurrence)),
+        states=tuple(map(_state, found.states)),
         causal=found.causal,
         source=Source(
             framework="torch",
@@ -47,19 +48,15 @@ def _head(head: HeadLayout, value: Tensor, facts: Facts) -> Head:
     return facts.head(head.name, str(value.dtype).removeprefix("torch."), tuple(shape), head.per)
 
 
-def _states(recurrence: Recurrence) -> Sequence[State]:
-    return [
-        State(
-            name=name,
-            output=f"{name}.next",
-            dtype="float32",
-            shape=(recurrence.directions, recurrence.hidden),
-            batch_axis=1,
-            initial=Stored.of(value[layer]) if value[layer].any() else None,
-        )
-        for layer in range(recurrence.layers)
-        for name, value in zip(recurrence.state_names(layer), recurrence.initial, strict=True)
-    ]
+def _state(state: StateLayout) -> State:
+    return State(
+        name=state.name,
+        output=state.output,
+        dtype=state.initial.dtype.name,
+        shape=state.initial.shape,
+        batch_axis=state.batch_axis,
+        initial=Stored.of(state.initial) if state.initial.any() else None,
+    )
 
 
 def describe_layer(recurrence: Recurrence) -> Layer:
@@ -71,7 +68,7 @@ def describe_layer(recurrence: Recurrence) -> Layer:
         directions=recurrence.directions,
         hidden=recurrence.hidden,
         initial="learned" if recurrence.learned else "zeros",
-        states=tuple(name for layer in range(recurrence.layers) for name in recurrence.state_names(layer)),
+        states=tuple(state.name for state in recurrence.states),
     )
 
 

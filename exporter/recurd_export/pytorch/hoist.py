@@ -38,7 +38,6 @@ class Hoisted(nn.Module):
         super().__init__()
         self.model = copy_of(model)
         self.layout = layout
-        self.state_names = [n for r in layout.recurrences for layer in range(r.layers) for n in r.state_names(layer)]
         self._carried = Carried(torch.zeros(0), {})
         by_path = defaultdict(list)
         for recurrence in layout.recurrences:
@@ -53,16 +52,19 @@ class Hoisted(nn.Module):
 
     def forward(self, input: Tensor, lengths: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
         """See the class."""
-        self._carried = Carried(lengths, dict(zip(self.state_names, states, strict=True)))
+        layouts = self.layout.states
         batch, steps = input.shape[:2]
-        for rows in (lengths.shape[0], *(state.shape[1] for state in states)):
-            torch._check(rows == batch)  # type: ignore[no-untyped-call]
+        torch._check(lengths.shape[0] == batch)  # type: ignore[no-untyped-call]
+        for layout, state in zip(layouts, states, strict=True):
+            torch._check(state.shape[layout.batch_axis] == batch)  # type: ignore[no-untyped-call]
+        by_name = {layout.name: state for layout, state in zip(layouts, states, strict=True)}
+        self._carried = Carried(lengths, by_name)
         arguments = self.layout.arguments
         arguments.prepare(self.model, batch)
         output = self.model(*arguments.with_input(input.clone()))  # a forward may write to its input
         found = [tensor for _, tensor in tree.leaves(output)]
         heads = [head.arrange(found[head.position], batch, steps) for head in self.layout.heads]
-        return (*heads, *(self._carried.next[name] for name in self.state_names))
+        return (*heads, *(self._carried.next[layout.name] for layout in layouts))
 
 
 def _replace_forward(hoisted: Hoisted, path: str, recurrences: list[Recurrence]) -> None:

@@ -6,7 +6,7 @@ is a constant.
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,6 +22,7 @@ from recurd_export.pytorch.conduct import check_repeatable, is_choosy
 from recurd_export.pytorch.fresh import run_with
 from recurd_export.pytorch.kept import find_kept
 from recurd_export.pytorch.outputs import HeadLayout, find_outputs
+from recurd_export.pytorch.state import StateLayout, names
 from recurd_export.pytorch.watch import (
     Call,
     ForwardError,
@@ -66,6 +67,28 @@ class Recurrence:
         """Names of one layer's states: h (and c)."""
         return tuple(f"{self.name}.{letter}_l{layer}" for letter in ("h", "c")[: len(self.initial)])
 
+    @property
+    def states(self) -> tuple[StateLayout, ...]:
+        """Its states, layer by layer, each ``[directions, batch, hidden]``."""
+        return tuple(
+            StateLayout(name, value[layer], batch_axis=1)
+            for layer in range(self.layers)
+            for name, value in zip(self.state_names(layer), self.initial, strict=True)
+        )
+
+    def split(self, parts: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        """States by name out of torch's own ``[layers * directions, batch, hidden]``: h (and c)."""
+        return {
+            name: part.reshape(self.layers, self.directions, *part.shape[1:])[layer]
+            for layer in range(self.layers)
+            for name, part in zip(self.state_names(layer), parts, strict=True)
+        }
+
+    def join(self, states: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        """The reverse of :meth:`split`."""
+        by_layer = [[states[name] for name in self.state_names(layer)] for layer in range(self.layers)]
+        return tuple(torch.cat(parts) for parts in zip(*by_layer, strict=True))
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -76,6 +99,11 @@ class Layout:
     heads: tuple[HeadLayout, ...]
     #: Positions, among the returned tensors, of states.
     returned_states: tuple[int, ...]
+
+    @property
+    def states(self) -> tuple[StateLayout, ...]:
+        """All states, in the contract's order."""
+        return tuple(state for recurrence in self.recurrences for state in recurrence.states)
 
     @property
     def causal(self) -> bool:
@@ -101,14 +129,9 @@ def find(model: nn.Module, example: Any) -> Layout:
     ]
     _check_steady(runs)
     recurrences = _recurrences(model, arguments, runs)
-    heads, states = find_outputs(model, arguments, runs, {name for r in recurrences for name in _all_names(r)})
+    taken = {name for recurrence in recurrences for name in names(recurrence.states)}
+    heads, states = find_outputs(model, arguments, runs, taken)
     return Layout(arguments, recurrences, heads, states)
-
-
-def _all_names(recurrence: Recurrence) -> Iterator[str]:
-    for layer in range(recurrence.layers):
-        for name in recurrence.state_names(layer):
-            yield from (name, f"{name}.next")
 
 
 def check_modules(model: nn.Module) -> None:

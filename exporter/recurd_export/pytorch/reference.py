@@ -20,6 +20,7 @@ from recurd_export.errors import ExportError
 from recurd_export.pytorch import tree
 from recurd_export.pytorch.fresh import fresh_run
 from recurd_export.pytorch.layout import Layout
+from recurd_export.pytorch.state import join_rows, take_row
 from recurd_export.pytorch.watch import ForwardError, copy_of, watch
 
 Array = npt.NDArray[Any]
@@ -28,10 +29,10 @@ _Key = tuple[str, int]
 
 @dataclass(frozen=True)
 class _Row:
-    """Results of one row: its heads, and per call its states ``[layers * directions, 1, hidden]``."""
+    """Results of one row: its heads, and its states by name, their batch axis being 1."""
 
     heads: list[Array]
-    states: dict[_Key, tuple[Tensor, ...]]
+    states: dict[str, Tensor]
 
 
 class Reference:
@@ -41,9 +42,10 @@ class Reference:
         """``double``: compute in float64, to see what of a difference is float32's own rounding."""
         self.contract = contract
         self._layout = layout
+        self._recurrences = {(r.path, r.ordinal): r for r in layout.recurrences}
         self._model = copy.deepcopy(copy_of(model)).double() if double else model
         self._dtype = torch.float64 if double else torch.float32
-        self._states: dict[int, dict[_Key, tuple[Tensor, ...]]] = {}
+        self._states: dict[int, dict[str, Tensor]] = {}
 
     def run(self, slots: Array, fresh: Array, lengths: Array, input: Array) -> list[Array]:
         """See :meth:`recurd.model.Model.run`. Rows of equal length and start run as one batch, others alone."""
@@ -60,16 +62,11 @@ class Reference:
 
     def read(self, slots: Array) -> dict[str, Array]:
         """See :meth:`recurd.model.Model.read`."""
-        found: dict[str, list[Array]] = {}
-        for slot in slots:
-            states = self._states[int(slot)]
-            for recurrence in self._layout.recurrences:
-                parts = states[recurrence.path, recurrence.ordinal]
-                shape = (recurrence.layers, recurrence.directions, recurrence.hidden)
-                for layer in range(recurrence.layers):
-                    for name, part in zip(recurrence.state_names(layer), parts, strict=True):
-                        found.setdefault(name, []).append(part.reshape(shape)[layer].numpy())
-        return {name: np.stack(rows) for name, rows in found.items()}
+        rows = [self._states[int(slot)] for slot in slots]
+        return {
+            state.name: np.stack([row[state.name].squeeze(state.batch_axis).numpy() for row in rows])
+            for state in self._layout.states
+        }
 
     def pass_along(self, streams: Sequence[Array], cuts: Sequence[int]) -> dict[str, list[Array]]:
         """Heads (as of :func:`recurd.verify.drive`) of equally long streams when the caller hands the state back.
@@ -98,14 +95,13 @@ class Reference:
             rows = [np.pad(row, [(0, steps - len(row)), *[(0, 0)] * (row.ndim - 1)]) for row in rows]
         return np.stack(rows)
 
-    def _run(self, x: Array, given: list[dict[_Key, tuple[Tensor, ...]]] | None) -> list[_Row]:
+    def _run(self, x: Array, given: list[dict[str, Tensor]] | None) -> list[_Row]:
         """Rows of one length in one batch, from their initial states or from given ones."""
         batch, steps = x.shape[:2]
+        states = None if given is None else join_rows(given, self._layout.states)
 
         def inject(key: _Key, module: nn.RNNBase, size: int) -> tuple[Tensor, ...] | None:
-            if given is None:
-                return None
-            return tuple(torch.cat(parts, dim=1) for parts in zip(*(row[key] for row in given), strict=True))
+            return None if states is None else self._recurrences[key].join(states)
 
         tensor = torch.from_numpy(np.ascontiguousarray(x))
         tensor = tensor.to(self._dtype) if tensor.is_floating_point() else tensor
@@ -117,11 +113,10 @@ class Reference:
             ) from error
         found = [leaf for _, leaf in tree.leaves(run.output)]
         heads = [self._arranged(index, found, batch, steps) for index in range(len(self.contract.heads))]
-        states = {call.key: call.left for call in run.calls}
-        return [
-            _Row([head[row] for head in heads], {k: tuple(p[:, row : row + 1] for p in v) for k, v in states.items()})
-            for row in range(batch)
-        ]
+        left: dict[str, Tensor] = {}
+        for call in run.calls:
+            left |= self._recurrences[call.key].split(call.left)
+        return [_Row([head[row] for head in heads], take_row(left, self._layout.states, row)) for row in range(batch)]
 
     def _arranged(self, index: int, found: list[Tensor], batch: int, steps: int) -> Array:
         layout, head = self._layout.heads[index], self.contract.heads[index]

@@ -7,7 +7,7 @@ known to us or not.
 
 import itertools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -48,28 +48,22 @@ _REASONS = {
 def check(program: torch.export.ExportedProgram, layout: Layout) -> None:
     """Run the graph whole and in chunks, padded and alone. Raises :class:`ExportError` naming what mixes steps."""
     graph = Graph(program)
-    states = [
-        torch.from_numpy(value[layer])[:, None]
-        for r in layout.recurrences
-        for layer in range(r.layers)
-        for value in r.initial
-    ]
     try:
         # In float64, where no model is so sensitive that rounding looks like mixing.
-        _check_all(graph.to(torch.float64), layout, states)
+        _check_all(graph.to(torch.float64), layout)
     except RuntimeError:  # the model makes float32 tensors of its own, which do not go together with float64
-        _check_all(graph, layout, states)
+        _check_all(graph, layout)
 
 
-def _check_all(graph: Graph, layout: Layout, states: Sequence[Tensor]) -> None:
-    _check_chunks(graph, layout, states)
-    _check_rows(graph, layout, states)
+def _check_all(graph: Graph, layout: Layout) -> None:
+    _check_chunks(graph, layout)
+    _check_rows(graph, layout)
 
 
-def _check_chunks(graph: Graph, layout: Layout, initial: Sequence[Tensor]) -> None:
+def _check_chunks(graph: Graph, layout: Layout) -> None:
     cuts, batch = (0, 4, 5, 11), 3
     x = layout.arguments.random(batch, cuts[-1], 10)
-    states = [state.expand(-1, batch, -1).contiguous() for state in initial]
+    states = [state.fresh(batch) for state in layout.states]
     whole = graph.run(x, torch.full((batch,), cuts[-1], dtype=torch.int32), states, causal=True)
     chunks = []
     for start, stop in itertools.pairwise(cuts):
@@ -93,16 +87,16 @@ def _check_chunks(graph: Graph, layout: Layout, initial: Sequence[Tensor]) -> No
         )
 
 
-def _check_rows(graph: Graph, layout: Layout, initial: Sequence[Tensor]) -> None:
+def _check_rows(graph: Graph, layout: Layout) -> None:
     lengths = (5, 11, 8)
     x = layout.arguments.random(len(lengths), max(lengths), 11)
-    states = [state.expand(-1, len(lengths), -1).contiguous() for state in initial]
+    states = [state.fresh(len(lengths)) for state in layout.states]
     together = graph.run(x, torch.tensor(lengths, dtype=torch.int32), states, causal=False)
     alone = [
         graph.run(
             x[row : row + 1, :length],
             torch.tensor([length], dtype=torch.int32),
-            [state[:, row : row + 1] for state in states],
+            [state.fresh(1) for state in layout.states],
             causal=False,
         )
         for row, length in enumerate(lengths)

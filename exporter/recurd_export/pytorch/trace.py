@@ -65,10 +65,9 @@ def _trace(hoisted: Hoisted, batch: Any, time: Any, *, strict: bool = False) -> 
     layout = hoisted.layout
     x = layout.arguments.random(BATCH, STEPS, 0)
     lengths = torch.full((BATCH,), STEPS, dtype=torch.int32)
-    states = [
-        torch.zeros(r.directions, BATCH, r.hidden) for r in layout.recurrences for _ in range(r.layers * len(r.initial))
-    ]
-    dynamic = {"input": {0: batch, 1: time}, "lengths": {0: batch}, "states": tuple({1: batch} for _ in states)}
+    states = [state.fresh(BATCH) for state in layout.states]
+    rows = tuple({state.batch_axis: batch} for state in layout.states)
+    dynamic = {"input": {0: batch, 1: time}, "lengths": {0: batch}, "states": rows}
     with contextlib.redirect_stderr(io.StringIO()):  # a failed trace prints its graph; the error says what is wrong
         return torch.export.export(hoisted, (x, lengths, *states), dynamic_shapes=dynamic, strict=strict)
 
