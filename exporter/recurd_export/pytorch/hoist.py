@@ -71,7 +71,7 @@ def _replace_forward(hoisted: Hoisted, path: str, recurrences: list[Recurrence])
     module = hoisted.model.get_submodule(path)
     assert isinstance(module, nn.RNNBase)
     for layer in range(module.num_layers):
-        for name, value in zip("wrb", _onnx_weights(module, layer), strict=True):
+        for name, value in zip("wrb", onnx_weights(module, layer), strict=True):
             module.register_buffer(f"onnx_{name}_l{layer}", value, persistent=True)
 
     def forward(self: Any, input: Tensor, hx: Any = None) -> tuple[Tensor, Any]:
@@ -96,18 +96,20 @@ def _layer(
     names = recurrence.state_names(layer)
     args = [x, carried.lengths, *(carried.states[name] for name in names)]
     args += [getattr(module, f"onnx_{name}_l{layer}") for name in "wrb"]
+    # What a layer does otherwise than torch's own (activations, a GRU's reset).
+    options = getattr(module, "onnx_options", ())
     if recurrence.mode == "LSTM":
-        y, *states = ops.lstm(*args)
+        y, *states = ops.lstm(*args, *options)
     elif recurrence.mode == "GRU":
-        y, *states = ops.gru(*args)
+        y, *states = ops.gru(*args, *options)
     else:
-        y, *states = ops.rnn(*args, "Tanh" if recurrence.mode == "RNN_TANH" else "Relu")
+        y, *states = ops.rnn(*args, *(options or ("Tanh" if recurrence.mode == "RNN_TANH" else "Relu",)))
     carried.next |= dict(zip(names, states, strict=True))
     merged = y.squeeze(1) if recurrence.directions == 1 else y.transpose(1, 2).flatten(2)
     return merged, tuple(states)
 
 
-def _onnx_weights(module: nn.RNNBase, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+def onnx_weights(module: nn.RNNBase, layer: int) -> tuple[Tensor, Tensor, Tensor]:
     """W, R and B of one layer, in ONNX's gate order, each with a leading axis of directions."""
     parts: list[list[Tensor]] = [[], [], []]
     for suffix in ("", "_reverse") if module.bidirectional else ("",):

@@ -144,7 +144,7 @@ def check_modules(model: nn.Module) -> None:
     for path, module in recurrent:
         if getattr(module, "proj_size", 0):
             raise ExportError(f"{label(path, module)} has proj_size={module.proj_size}: ONNX has no such projection")
-        if type(module).forward is not _CLASSES[module.mode].forward:
+        if type(module).forward is not _CLASSES[module.mode].forward and not hasattr(module, "onnx_options"):
             raise ExportError(
                 f"{label(path, module)} is a subclass of nn.{_CLASSES[module.mode].__name__} with a forward of its "
                 f"own, which cannot be looked into; keep the layer as an attribute instead"

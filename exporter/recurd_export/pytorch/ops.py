@@ -7,10 +7,12 @@ ONNX's formulas, not with torch's layers, so that running a traced graph in torc
 Shapes: x ``[time, batch, in]``, lengths int32 ``[batch]``, h and c ``[directions, batch, hidden]``, w
 ``[directions, gates * hidden, in]``, r ``[directions, gates * hidden, hidden]``, b
 ``[directions, 2 * gates * hidden]``; returns y ``[time, directions, batch, hidden]`` (zero beyond a row's length) and
-the states after each row's last step.
+the states after each row's last step. ``activations`` are ONNX's names, their parameters behind colons
+(``HardSigmoid:0.2:0.5 Tanh Tanh``), for one direction: the other has the same.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,29 +20,49 @@ from torch import Tensor
 
 #: A step of one direction: (x_t @ w.T + wb, h, c, r, rb) -> (h, c).
 _Step = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+_Function = Callable[[Tensor], Tensor]
+
+#: What torch's own layers do.
+LSTM_ACTIVATIONS, GRU_ACTIVATIONS = "Sigmoid Tanh Tanh", "Sigmoid Tanh"
 
 
 @torch.library.custom_op("recurd::lstm", mutates_args=())
 def lstm(
-    x: Tensor, lengths: Tensor, h: Tensor, c: Tensor, w: Tensor, r: Tensor, b: Tensor
+    x: Tensor,
+    lengths: Tensor,
+    h: Tensor,
+    c: Tensor,
+    w: Tensor,
+    r: Tensor,
+    b: Tensor,
+    activations: str = LSTM_ACTIVATIONS,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """ONNX LSTM; gates in order i, o, f, c."""
-    return _scan(_lstm_step, x, lengths, h, c, w, r, b)
+    """ONNX LSTM; gates in order i, o, f, c; activations of the gates, the candidate and the output."""
+    return _scan(partial(_lstm_step, _functions(activations)), x, lengths, h, c, w, r, b)
 
 
 @torch.library.custom_op("recurd::gru", mutates_args=())
-def gru(x: Tensor, lengths: Tensor, h: Tensor, w: Tensor, r: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """ONNX GRU with ``linear_before_reset``; gates in order z, r, h."""
-    return _scan(_gru_step, x, lengths, h, h, w, r, b)[:2]
+def gru(
+    x: Tensor,
+    lengths: Tensor,
+    h: Tensor,
+    w: Tensor,
+    r: Tensor,
+    b: Tensor,
+    activations: str = GRU_ACTIVATIONS,
+    linear_before_reset: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """ONNX GRU; gates in order z, r, h; activations of the gates and the candidate."""
+    step = _gru_step if linear_before_reset else _gru_reset_first_step
+    return _scan(partial(step, _functions(activations)), x, lengths, h, h, w, r, b)[:2]
 
 
 @torch.library.custom_op("recurd::rnn", mutates_args=())
 def rnn(
     x: Tensor, lengths: Tensor, h: Tensor, w: Tensor, r: Tensor, b: Tensor, activation: str
 ) -> tuple[Tensor, Tensor]:
-    """ONNX RNN; ``activation`` is ``Tanh`` or ``Relu``."""
-    step = _tanh_step if activation == "Tanh" else _relu_step
-    return _scan(step, x, lengths, h, h, w, r, b)[:2]
+    """ONNX RNN."""
+    return _scan(partial(_rnn_step, _functions(activation)), x, lengths, h, h, w, r, b)[:2]
 
 
 @torch.library.custom_op("recurd::last_step", mutates_args=())
@@ -57,17 +79,17 @@ def _batch_axis_after(batch_axis: int, time_axis: int) -> int:
 
 
 @lstm.register_fake
-def _(x: Tensor, lengths: Tensor, h: Tensor, c: Tensor, w: Tensor, r: Tensor, b: Tensor) -> tuple[Tensor, ...]:
+def _(x: Tensor, lengths: Tensor, h: Tensor, c: Tensor, *rest: Any, **options: Any) -> tuple[Tensor, ...]:
     return _fake_y(x, h), torch.empty_like(h), torch.empty_like(c)
 
 
 @gru.register_fake
-def _(x: Tensor, lengths: Tensor, h: Tensor, w: Tensor, r: Tensor, b: Tensor) -> tuple[Tensor, ...]:
+def _(x: Tensor, lengths: Tensor, h: Tensor, *rest: Any, **options: Any) -> tuple[Tensor, ...]:
     return _fake_y(x, h), torch.empty_like(h)
 
 
 @rnn.register_fake
-def _(x: Tensor, lengths: Tensor, h: Tensor, w: Tensor, r: Tensor, b: Tensor, activation: str) -> tuple[Tensor, ...]:
+def _(x: Tensor, lengths: Tensor, h: Tensor, *rest: Any, **options: Any) -> tuple[Tensor, ...]:
     return _fake_y(x, h), torch.empty_like(h)
 
 
@@ -99,25 +121,57 @@ def _scan(
     return y, next_h, next_c
 
 
-def _lstm_step(x: Tensor, h: Tensor, c: Tensor, r: Tensor, rb: Tensor) -> tuple[Tensor, Tensor]:
+def _functions(activations: str) -> list[_Function]:
+    return [_function(*word.split(":")) for word in activations.split()]
+
+
+def _function(name: str, *parameters: str) -> _Function:
+    """An activation by ONNX's formula."""
+    numbers = [float(parameter) for parameter in parameters]
+    return lambda x: _ACTIVATIONS[name](x, *numbers)
+
+
+_ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
+    "Tanh": torch.tanh,
+    "Sigmoid": torch.sigmoid,
+    "Relu": torch.relu,
+    "HardSigmoid": lambda x, alpha, beta: torch.clamp(alpha * x + beta, 0, 1),
+    "Affine": lambda x, alpha, beta: alpha * x + beta,
+    "Elu": lambda x, alpha: torch.where(x >= 0, x, alpha * (torch.exp(x.clamp(max=0)) - 1)),
+    "LeakyRelu": lambda x, alpha: torch.where(x >= 0, x, alpha * x),
+    "Softplus": lambda x: x.clamp(min=0) + torch.log1p(torch.exp(-x.abs())),
+    "Softsign": lambda x: x / (1 + x.abs()),
+}
+
+
+def _lstm_step(fs: list[_Function], x: Tensor, h: Tensor, c: Tensor, r: Tensor, rb: Tensor) -> tuple[Tensor, Tensor]:
+    gate, candidate, output = fs
     i, o, f, g = (x + h @ r.T + rb).chunk(4, dim=1)
-    c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
-    return torch.sigmoid(o) * torch.tanh(c), c
+    c = gate(f) * c + gate(i) * candidate(g)
+    return gate(o) * output(c), c
 
 
-def _gru_step(x: Tensor, h: Tensor, c: Tensor, r: Tensor, rb: Tensor) -> tuple[Tensor, Tensor]:
+def _gru_step(fs: list[_Function], x: Tensor, h: Tensor, c: Tensor, r: Tensor, rb: Tensor) -> tuple[Tensor, Tensor]:
+    gate, candidate = fs
     xz, xr, xh = x.chunk(3, dim=1)
     hz, hr, hh = (h @ r.T + rb).chunk(3, dim=1)
-    z = torch.sigmoid(xz + hz)
-    return (1 - z) * torch.tanh(xh + torch.sigmoid(xr + hr) * hh) + z * h, c
+    z = gate(xz + hz)
+    return (1 - z) * candidate(xh + gate(xr + hr) * hh) + z * h, c
 
 
-def _tanh_step(x: Tensor, h: Tensor, c: Tensor, r: Tensor, rb: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.tanh(x + h @ r.T + rb), c
+def _gru_reset_first_step(
+    fs: list[_Function], x: Tensor, h: Tensor, c: Tensor, r: Tensor, rb: Tensor
+) -> tuple[Tensor, Tensor]:
+    gate, candidate = fs
+    xz, xr, xh = x.chunk(3, dim=1)
+    rz, rr, rh = r.chunk(3)
+    bz, br, bh = rb.chunk(3)
+    z, reset = gate(xz + h @ rz.T + bz), gate(xr + h @ rr.T + br)
+    return (1 - z) * candidate(xh + (reset * h) @ rh.T + bh) + z * h, c
 
 
-def _relu_step(x: Tensor, h: Tensor, c: Tensor, r: Tensor, rb: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.relu(x + h @ r.T + rb), c
+def _rnn_step(fs: list[_Function], x: Tensor, h: Tensor, c: Tensor, r: Tensor, rb: Tensor) -> tuple[Tensor, Tensor]:
+    return fs[0](x + h @ r.T + rb), c
 
 
 #: The operators above that look ahead when they have a second direction.
@@ -142,16 +196,27 @@ def translations() -> dict[Any, Callable[..., Any]]:
 
     op: Any = opset18  # its type variables do not admit what its own functions return
 
-    def onnx_lstm(x: Any, lengths: Any, h: Any, c: Any, w: Any, r: Any, b: Any) -> Any:
-        return op.LSTM(x, w, r, b, lengths, h, c, hidden_size=r.shape[2], direction=_direction(r))
+    def onnx_lstm(
+        x: Any, lengths: Any, h: Any, c: Any, w: Any, r: Any, b: Any, activations: str = LSTM_ACTIVATIONS
+    ) -> Any:
+        options = _options(r, activations, LSTM_ACTIVATIONS)
+        return op.LSTM(x, w, r, b, lengths, h, c, **options)
 
-    def onnx_gru(x: Any, lengths: Any, h: Any, w: Any, r: Any, b: Any) -> Any:
-        direction = _direction(r)
-        return op.GRU(x, w, r, b, lengths, h, hidden_size=r.shape[2], direction=direction, linear_before_reset=1)
+    def onnx_gru(
+        x: Any,
+        lengths: Any,
+        h: Any,
+        w: Any,
+        r: Any,
+        b: Any,
+        activations: str = GRU_ACTIVATIONS,
+        linear_before_reset: bool = True,
+    ) -> Any:
+        options = _options(r, activations, GRU_ACTIVATIONS)
+        return op.GRU(x, w, r, b, lengths, h, linear_before_reset=int(linear_before_reset), **options)
 
     def onnx_rnn(x: Any, lengths: Any, h: Any, w: Any, r: Any, b: Any, activation: str) -> Any:
-        activations = [activation] * r.shape[0]
-        return op.RNN(x, w, r, b, lengths, h, hidden_size=r.shape[2], direction=_direction(r), activations=activations)
+        return op.RNN(x, w, r, b, lengths, h, **_options(r, activation, ""))
 
     def onnx_last_step(x: Any, lengths: Any, batch_axis: int, time_axis: int) -> Any:
         rest = [axis for axis in range(len(x.shape)) if axis not in (batch_axis, time_axis)]
@@ -171,5 +236,16 @@ def translations() -> dict[Any, Callable[..., Any]]:
     }
 
 
-def _direction(r: Any) -> str:
-    return "bidirectional" if r.shape[0] == 2 else "forward"
+def _options(r: Any, activations: str, usual: str) -> dict[str, Any]:
+    """The node's attributes; activations are named only where they are not the usual ones."""
+    directions = r.shape[0]
+    options = {"hidden_size": r.shape[2], "direction": "bidirectional" if directions == 2 else "forward"}
+    if activations == usual:
+        return options
+    words: Sequence[list[str]] = [word.split(":") for word in activations.split()] * directions
+    options["activations"] = [name for name, *_ in words]
+    for key, place in (("activation_alpha", 1), ("activation_beta", 2)):
+        # Only of the functions that take one, in their order.
+        numbers = [float(word[place]) for word in words if len(word) > place]
+        options |= {key: numbers} if numbers else {}
+    return options
