@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from recurd_export.pytorch import ops, tree
-from recurd_export.pytorch.layout import Layout, Recurrence
+from recurd_export.pytorch.layout import Layout
+from recurd_export.pytorch.recurrence import Recurrence
 from recurd_export.pytorch.watch import copy_of
 
 #: torch's order of gates in ONNX's order.

@@ -6,12 +6,10 @@ is a constant.
 """
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -22,6 +20,8 @@ from recurd_export.pytorch.conduct import check_repeatable, is_choosy
 from recurd_export.pytorch.fresh import run_with
 from recurd_export.pytorch.kept import find_kept
 from recurd_export.pytorch.outputs import HeadLayout, find_outputs
+from recurd_export.pytorch.recurrence import Recurrence
+from recurd_export.pytorch.recurrence import recurrences as find_recurrences
 from recurd_export.pytorch.state import StateLayout, names
 from recurd_export.pytorch.watch import (
     Call,
@@ -41,53 +41,6 @@ NO_CLASSES = (
 )
 
 _CLASSES: dict[str, type[nn.RNNBase]] = {"LSTM": nn.LSTM, "GRU": nn.GRU, "RNN_TANH": nn.RNN, "RNN_RELU": nn.RNN}
-
-
-@dataclass(frozen=True)
-class Recurrence:
-    """One call of a recurrent module: a stack of layers with a state each."""
-
-    path: str
-    ordinal: int
-    #: What its states are named after: the path, or the class for a model that is itself the layer.
-    name: str
-    mode: str
-    layers: int
-    directions: int
-    hidden: int
-    #: Initial values ``[layers, directions, hidden]`` of h (and c).
-    initial: tuple[npt.NDArray[np.float32], ...]
-
-    @property
-    def learned(self) -> bool:
-        """Whether a stream starts from anything but zeros."""
-        return any(value.any() for value in self.initial)
-
-    def state_names(self, layer: int) -> tuple[str, ...]:
-        """Names of one layer's states: h (and c)."""
-        return tuple(f"{self.name}.{letter}_l{layer}" for letter in ("h", "c")[: len(self.initial)])
-
-    @property
-    def states(self) -> tuple[StateLayout, ...]:
-        """Its states, layer by layer, each ``[directions, batch, hidden]``."""
-        return tuple(
-            StateLayout(name, value[layer], batch_axis=1)
-            for layer in range(self.layers)
-            for name, value in zip(self.state_names(layer), self.initial, strict=True)
-        )
-
-    def split(self, parts: tuple[Tensor, ...]) -> dict[str, Tensor]:
-        """States by name out of torch's own ``[layers * directions, batch, hidden]``: h (and c)."""
-        return {
-            name: part.reshape(self.layers, self.directions, *part.shape[1:])[layer]
-            for layer in range(self.layers)
-            for name, part in zip(self.state_names(layer), parts, strict=True)
-        }
-
-    def join(self, states: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-        """The reverse of :meth:`split`."""
-        by_layer = [[states[name] for name in self.state_names(layer)] for layer in range(self.layers)]
-        return tuple(torch.cat(parts) for parts in zip(*by_layer, strict=True))
 
 
 @dataclass(frozen=True)
@@ -128,7 +81,7 @@ def find(model: nn.Module, example: Any) -> Layout:
         run_with(model, arguments, arguments.random(BATCH, OTHER_STEPS, 2)),
     ]
     _check_steady(runs)
-    recurrences = _recurrences(model, arguments, runs)
+    recurrences = find_recurrences([run.calls for run in runs], lambda call: _unsteady(model, arguments, call))
     taken = {name for recurrence in recurrences for name in names(recurrence.states)}
     heads, states = find_outputs(model, arguments, runs, taken)
     return Layout(arguments, recurrences, heads, states)
@@ -266,42 +219,6 @@ def _check_steady(runs: Sequence[Run]) -> None:
     for other in others:
         if [call.key for call in other.calls] != [call.key for call in first.calls]:
             raise ExportError("the recurrent layers the model calls depend on the input or its length")
-
-
-def _recurrences(model: nn.Module, arguments: Arguments, runs: Sequence[Run]) -> tuple[Recurrence, ...]:
-    found = []
-    for calls in zip(*(run.calls for run in runs), strict=True):
-        call, module = calls[0], calls[0].module
-        name = call.path or _CLASSES[module.mode].__name__.lower()
-        found.append(
-            Recurrence(
-                call.path,
-                call.ordinal,
-                f"{name}@{call.ordinal + 1}" if call.ordinal else name,
-                module.mode,
-                module.num_layers,
-                2 if module.bidirectional else 1,
-                module.hidden_size,
-                _initial(model, arguments, calls),
-            )
-        )
-    return tuple(found)
-
-
-def _initial(model: nn.Module, arguments: Arguments, calls: Sequence[Call]) -> tuple[npt.NDArray[np.float32], ...]:
-    """Initial values ``[layers, directions, hidden]`` of h (and c), which must be the same in every run and row."""
-    call, module = calls[0], calls[0].module
-    shape = (module.num_layers, 2 if module.bidirectional else 1, module.hidden_size)
-    if all(c.given is None for c in calls):
-        return tuple(np.zeros(shape, np.float32) for _ in call.left)
-    values = []
-    for part in range(len(call.left)):
-        columns = torch.cat([c.given[part].detach() for c in calls if c.given is not None], dim=1)
-        value = columns[:, :1]
-        if any(c.given is None for c in calls) or not torch.allclose(columns, value.expand_as(columns), 1e-5, 1e-6):
-            raise ExportError(_unsteady(model, arguments, call))
-        values.append(value.reshape(shape).to(torch.float32).numpy().copy())
-    return tuple(values)
 
 
 def _unsteady(model: nn.Module, arguments: Arguments, call: Call) -> str:

@@ -7,7 +7,7 @@ forward writes) and copies everything else (which stateful models do write).
 import copy
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,18 +29,22 @@ class Passage:
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a recurrent module within one forward."""
+    """One call of a recurrent module, or all calls of a cell, within one forward."""
 
     path: str
     #: The module's own calls in this forward are numbered from 0.
     ordinal: int
-    module: nn.RNNBase
+    module: Any
     batch: int
+    #: Of a cell the number of its calls.
     steps: int
-    #: Initial state as given: ``(h,)`` or ``(h, c)``, each ``[layers * directions, batch, hidden]``; ``None``: zeros.
+    #: Initial state as given: ``(h,)`` or ``(h, c)``, each ``[layers * directions, batch, hidden]``; of a cell
+    #: ``[batch, hidden]``; ``None``: zeros.
     given: tuple[Tensor, ...] | None
     #: State afterwards, as given.
     left: tuple[Tensor, ...]
+    #: The single calls of a cell.
+    taken: tuple["Call", ...] = ()
 
     @property
     def key(self) -> tuple[str, int]:
@@ -74,8 +78,8 @@ class ForwardError(Exception):
         self.module = module
 
 
-#: Called before a recurrent module runs: ``(call key, module, batch)`` -> its initial states, ``None``: as they are.
-Inject = Callable[[tuple[str, int], nn.RNNBase, int], tuple[Tensor, ...] | None]
+#: Called before a recurrent module runs, and before a cell's first call: ``(call key, module, batch)`` -> its initial states, ``None``: as they are.
+Inject = Callable[[tuple[str, int], nn.Module, int], tuple[Tensor, ...] | None]
 
 
 def label(path: str, module: nn.Module) -> str:
@@ -135,7 +139,20 @@ def watch(copied: nn.Module, args: tuple[Any, ...], inject: Inject | None = None
         raise ForwardError(label(path, module), error, module) from error
     finally:
         recorder.remove()
-    return Run(output, tuple(recorder.calls), tuple(recorder.passages), tuple(recorder.lookups))
+    return Run(output, _joined(recorder.calls), tuple(recorder.passages), tuple(recorder.lookups))
+
+
+def _joined(calls: list[Call]) -> tuple[Call, ...]:
+    """The calls, those of every cell being one, where its first was."""
+    taken: dict[str, list[Call]] = defaultdict(list)
+    for call in calls:
+        if isinstance(call.module, nn.RNNCellBase):
+            taken[call.path].append(call)
+    return tuple(
+        replace(call, steps=len(parts), left=parts[-1].left, taken=tuple(parts)) if parts else call
+        for call in calls
+        if not (parts := taken.get(call.path, [])) or call is parts[0]
+    )
 
 
 def shape_changer(run: Run, steps: int) -> str | None:
@@ -164,7 +181,7 @@ class _Recorder:
         self._ordinals: dict[str, int] = defaultdict(int)
         self._handles = []
         for path, module in model.named_modules():
-            enter = self._enter(path, isinstance(module, nn.RNNBase))
+            enter = self._enter(path, isinstance(module, nn.RNNBase | nn.RNNCellBase))
             self._handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
             self._handles.append(module.register_forward_hook(self._leave(path), with_kwargs=True))
 
@@ -176,11 +193,6 @@ class _Recorder:
     def _enter(self, path: str, recurrent: bool) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             self.active.append((path, module))
-            if isinstance(module, nn.RNNCellBase):
-                raise ExportError(
-                    f"{label(path, module)} is a cell that takes one step a call, which is not supported yet; "
-                    f"use nn.{type(module).__name__.removesuffix('Cell')} over the whole sequence"
-                )
             return self._enter_recurrent(path, module, args, kwargs) if recurrent else None
 
         return hook
@@ -189,9 +201,10 @@ class _Recorder:
         arguments = dict(zip(("input", "hx"), args, strict=False)) | kwargs
         x, hx = arguments.get("input"), arguments.get("hx")
         _check_input(path, module, x)
-        if self._inject is not None and x is not None:
-            batch = x.shape[0 if module.batch_first else 1]
-            states = self._inject((path, self._ordinals[path]), module, batch)
+        is_cell, ordinal = isinstance(module, nn.RNNCellBase), self._ordinals[path]
+        if self._inject is not None and x is not None and not (is_cell and ordinal):
+            batch = x.shape[0 if is_cell or module.batch_first else 1]
+            states = self._inject((path, ordinal), module, batch)
             if states is not None:
                 hx = states if len(states) == 2 else states[0]
         self._given.append(None if hx is None else _as_tuple(hx))
@@ -200,21 +213,27 @@ class _Recorder:
     def _leave(self, path: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             self.active.pop()
-            if isinstance(module, nn.RNNBase):
-                x = args[0]
-                batch, steps = x.shape[:2] if module.batch_first else (x.shape[1], x.shape[0])
-                ordinal = self._ordinals[path]
-                self._ordinals[path] += 1
-                states = self._given.pop(), _as_tuple(output[1])
-                self.calls.append(Call(path, ordinal, module, batch, steps, *states))
+            if isinstance(module, nn.RNNBase | nn.RNNCellBase):
+                self._note(path, module, args[0], output)
             if isinstance(module, nn.Embedding):
                 self.lookups.append((module.num_embeddings, args[0]))
             if next(module.children(), None) is None:
                 shapes = tuple(tuple(t.shape) for t in tensors(args))
                 given = tuple(t.detach().clone() for t in tensors(output))
-                self.passages.append(Passage(label(path, module), isinstance(module, nn.RNNBase), shapes, given))
+                recurrent = isinstance(module, nn.RNNBase | nn.RNNCellBase)
+                self.passages.append(Passage(label(path, module), recurrent, shapes, given))
 
         return hook
+
+    def _note(self, path: str, module: Any, x: Tensor, output: Any) -> None:
+        ordinal = self._ordinals[path]
+        self._ordinals[path] += 1
+        if isinstance(module, nn.RNNCellBase):
+            ordinal, batch, steps, left = 0, x.shape[0], 1, _as_tuple(output)
+        else:
+            batch, steps = x.shape[:2] if module.batch_first else (x.shape[1], x.shape[0])
+            left = _as_tuple(output[1])
+        self.calls.append(Call(path, ordinal, module, batch, steps, self._given.pop(), left))
 
 
 def _as_tuple(states: Any) -> tuple[Tensor, ...]:
@@ -222,14 +241,15 @@ def _as_tuple(states: Any) -> tuple[Tensor, ...]:
     return tuple(s.detach().clone() for s in (states if isinstance(states, tuple | list) else (states,)))
 
 
-def _check_input(path: str, module: nn.RNNBase, x: Any) -> None:
+def _check_input(path: str, module: nn.Module, x: Any) -> None:
     if isinstance(x, PackedSequence):
         raise ExportError(
             f"{label(path, module)} is given a PackedSequence; ragged lengths are part of the contract already, so "
             f"pass the padded tensor"
         )
-    if isinstance(x, Tensor) and x.dim() == 2:
+    if isinstance(x, Tensor) and x.dim() == (1 if isinstance(module, nn.RNNCellBase) else 2):
         raise ExportError(
-            f"{label(path, module)} gets an input of rank 2 {list(x.shape)}, without a batch axis; give an example of "
+            f"{label(path, module)} gets an input of rank {x.dim()} {list(x.shape)}, without a batch axis; give an "
+            f"example of "
             f"[batch, time, ...]"
         )
