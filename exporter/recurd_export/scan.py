@@ -2,12 +2,11 @@
 
 Rows of a batch may have different lengths: the body runs for all of them as long as the longest one, and a row's states
 stay as they are beyond its own length (``Where``, so that what a padded step makes of them, be it NaN, is thrown away).
-Weights stand in the outer graph, where the contract's hash covers them; a Scan's body sees the names around it.
 """
 
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ import onnx
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 from recurd.contract import Contract, Head, State
+from recurd_export.embed import Embedding, replace
 from recurd_export.errors import ExportError
 
 
@@ -32,12 +32,10 @@ def over_time(step: ModelProto, contract: Contract) -> ModelProto:
     prefix = _free_prefix(contract)
     body = GraphProto()
     body.CopyFrom(step.graph)
-    moved = _Move(body, f"{prefix}step.")
-    scope = moved.graph(body, {})
-    builder = _Builder(contract, prefix, scope, body)
-    graph = builder.outer()
-    graph.initializer.extend(moved.hoisted)
-    graph.sparse_initializer.extend(moved.hoisted_sparse)
+    embedding = Embedding(body, f"{prefix}step.")
+    graph = _Builder(contract, prefix, embedding.names, body).outer()
+    graph.initializer.extend(embedding.weights)
+    graph.sparse_initializer.extend(embedding.sparse_weights)
     model = ModelProto(ir_version=max(step.ir_version, 8), producer_name="recurd", graph=graph)
     model.opset_import.extend(step.opset_import)
     model.functions.extend(step.functions)
@@ -75,108 +73,6 @@ def _free_prefix(contract: Contract) -> str:
         for prefix in prefixes
         if not any(name.startswith((f"{prefix}step.", f"{prefix}time.")) for name in names)
     )
-
-
-class _Move:
-    """Renames everything in a graph and takes the weights out of it and of the graphs inside it."""
-
-    def __init__(self, graph: GraphProto, prefix: str) -> None:
-        self.hoisted: list[TensorProto] = []
-        self.hoisted_sparse: list[onnx.SparseTensorProto] = []
-        self._prefix = prefix
-        # The two branches of an If may use one name for two things, which the outer graph must not.
-        self._defined = Counter(_definitions(graph))
-
-    def graph(self, graph: GraphProto, outer: dict[str, str]) -> dict[str, str]:
-        """Rename in place; ``outer`` are the new names of what is visible around it. Gives all names visible inside."""
-        scope = dict(outer)
-        self._hoist(graph, scope)
-        for value in graph.input:
-            scope[value.name] = self._prefix + value.name
-            value.name = scope[value.name]
-        for name in itertools.chain.from_iterable(node.output for node in graph.node):
-            scope[name] = self._prefix + name if name else ""
-        for node in graph.node:
-            self._node(node, scope)
-        del graph.value_info[:]  # says sizes that need not be those of other batches
-        del graph.quantization_annotation[:]
-        return scope
-
-    def _hoist(self, graph: GraphProto, scope: dict[str, str]) -> None:
-        weights = _weights(graph)
-        for tensor in graph.initializer:
-            self._take(tensor, tensor.name, scope)
-        for sparse in graph.sparse_initializer:
-            scope[sparse.values.name] = self._unique(sparse.values.name)
-            sparse.values.name = scope[sparse.values.name]
-            self.hoisted_sparse.append(sparse)
-        kept = []
-        for node in graph.node:
-            if node.op_type == "Constant" and not node.domain and node.attribute[0].name == "value":
-                self._take(node.attribute[0].t, node.output[0], scope)
-            else:
-                kept.append(node)
-        _replace(graph.node, kept)
-        _replace(graph.input, [value for value in graph.input if value.name not in weights])
-        del graph.initializer[:]
-        del graph.sparse_initializer[:]
-
-    def _take(self, tensor: TensorProto, name: str, scope: dict[str, str]) -> None:
-        taken = TensorProto()
-        taken.CopyFrom(tensor)
-        taken.name = scope[name] = self._unique(name)
-        taken.doc_string = ""
-        self.hoisted.append(taken)
-
-    def _unique(self, name: str) -> str:
-        if self._defined[name] == 1:
-            return self._prefix + name
-        wanted = next(f"{name}@{number}" for number in itertools.count(1) if not self._defined[f"{name}@{number}"])
-        self._defined[wanted] = 1
-        return self._prefix + wanted
-
-    def _node(self, node: NodeProto, scope: dict[str, str]) -> None:
-        node.name = self._prefix + node.name if node.name else ""
-        node.doc_string = ""
-        del node.metadata_props[:]
-        _replace(node.input, [scope[name] if name else "" for name in node.input])
-        _replace(node.output, [scope[name] for name in node.output])
-        for attribute in node.attribute:
-            for inner in (*attribute.graphs, *([attribute.g] if attribute.HasField("g") else ())):
-                self._inner(inner, scope)
-
-    def _inner(self, graph: GraphProto, outer: dict[str, str]) -> None:
-        """A graph inside: as :meth:`graph`, and each of its outputs must still be made by one of its own nodes."""
-        scope = self.graph(graph, outer)
-        made = {name for node in graph.node for name in node.output} | {value.name for value in graph.input}
-        for value in graph.output:
-            value.name, name = self._prefix + value.name, scope[value.name]
-            if name not in made:
-                value.name = self._unique("out")
-                graph.node.append(helper.make_node("Identity", [name], [value.name]))
-        for value in (*graph.input, *graph.output):
-            for dim in value.type.tensor_type.shape.dim:
-                dim.Clear()
-
-
-def _weights(graph: GraphProto) -> set[str]:
-    return {tensor.name for tensor in graph.initializer} | {sparse.values.name for sparse in graph.sparse_initializer}
-
-
-def _definitions(graph: GraphProto) -> Iterator[str]:
-    """Every name that is given to something, here and in the graphs inside, as often as that happens."""
-    yield from _weights(graph) | {value.name for value in graph.input}
-    for node in graph.node:
-        yield from node.output
-        for attribute in node.attribute:
-            for inner in (*attribute.graphs, *([attribute.g] if attribute.HasField("g") else ())):
-                yield from _definitions(inner)
-
-
-def _replace(repeated: Any, values: Iterable[Any]) -> None:
-    values = list(values)
-    del repeated[:]
-    repeated.extend(values)
 
 
 class _Builder:
@@ -251,12 +147,11 @@ class _Builder:
             now = self._node("Identity", [scope[head.name]], [f"{head.name}.now"])
             outputs.append(_row_info(head, now))
         body.name = f"{self._time}step"
-        body.doc_string = ""
         body.node.extend(self._nodes)
         x = _info(scope[contract.input.name], contract.input.dtype, ["batch", *contract.input.shape])
         states = [_state_info(state, scope[state.name]) for state in contract.states]
-        _replace(body.input, [*states, *carried, x, _info(active, "bool", ["batch"])])
-        _replace(body.output, outputs)
+        replace(body.input, [*states, *carried, x, _info(active, "bool", ["batch"])])
+        replace(body.output, outputs)
         self._nodes = nodes
 
     def _select(self, new: str, old: str, active: str, axis: int, rank: int) -> str:
