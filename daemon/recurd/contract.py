@@ -61,6 +61,10 @@ class Input(msgspec.Struct, frozen=True, kw_only=True):
     sample_rate_hz: float | None = None
     #: Token ids are in ``[0, classes)``; ``None`` for other inputs.
     classes: int | None = None
+    #: The graph itself begins with ``(input - mean) / std``: one number per element of a step, in row-major order;
+    #: empty where it takes its input as it is.
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
 
     @property
     def width(self) -> int:
@@ -275,7 +279,19 @@ def _check_values(contract: Contract) -> None:
     if contract.input.dtype == "int64" and contract.input.classes is None:
         # The runtime fails on an id the model does not have, and with it every stream of the tick.
         raise ContractError("the input is int64 token ids, and 'classes' does not say how many there are")
+    _check_normalization(contract.input)
     _check_states(contract)
+
+
+def _check_normalization(input: Input) -> None:
+    if not (input.mean or input.std):
+        return
+    if input.dtype != "float32" or not len(input.mean) == len(input.std) == input.width:
+        raise ContractError(
+            f"the input has {len(input.mean)} means and {len(input.std)} deviations for {input.width} {input.dtype}s"
+        )
+    if not (np.isfinite([*input.mean, *input.std]).all() and min(input.std) > 0):
+        raise ContractError("the input's means must be finite and its deviations finite and positive")
 
 
 def _check_states(contract: Contract) -> None:

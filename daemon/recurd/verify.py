@@ -118,13 +118,20 @@ class Inputs(NamedTuple):
         return cls(contract.input, contract.proof.golden.input.array().reshape(-1, *contract.input.shape))
 
     def draw(self, lengths: Sequence[int], random: np.random.Generator) -> list[Array]:
-        """Random input of every stream, ``[steps, *shape]``: known steps, ids the model has, or normal numbers."""
+        """Random input of every stream, ``[steps, *shape]``.
+
+        Known steps, ids the model has, or normal numbers: of the mean and deviation the model expects, where it says.
+        """
         if self.known is not None:
             return [self.known[random.integers(0, len(self.known), length)] for length in lengths]
         shapes = [(length, *self.input.shape) for length in lengths]
         if self.input.dtype == "int64":
             return [random.integers(0, self.input.classes or 1, shape, np.int64) for shape in shapes]
-        return [random.standard_normal(shape, np.float32) for shape in shapes]
+        drawn = [random.standard_normal(shape, np.float32) for shape in shapes]
+        if not self.input.std:
+            return drawn
+        mean, std = (np.reshape(values, self.input.shape) for values in (self.input.mean, self.input.std))
+        return [(mean + std * stream).astype(np.float32) for stream in drawn]
 
 
 def drive(runner: Runner, streams: Sequence[Array], plan: Plan) -> dict[str, list[Array]]:
