@@ -13,8 +13,8 @@ from recurd.contract import Tensor as Stored
 from recurd_export.errors import ExportError
 from recurd_export.facts import Facts
 from recurd_export.pytorch.layout import Layout
-from recurd_export.pytorch.recurrence import Recurrence
 from recurd_export.pytorch.outputs import HeadLayout
+from recurd_export.pytorch.recurrence import Recurrence
 from recurd_export.pytorch.state import StateLayout
 from recurd_export.report import Layer
 

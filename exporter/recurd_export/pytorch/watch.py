@@ -78,7 +78,8 @@ class ForwardError(Exception):
         self.module = module
 
 
-#: Called before a recurrent module runs, and before a cell's first call: ``(call key, module, batch)`` -> its initial states, ``None``: as they are.
+#: Called before a recurrent module runs, and before a cell's first call: ``(call key, module, batch)`` -> its initial
+#: states, ``None``: as they are.
 Inject = Callable[[tuple[str, int], nn.Module, int], tuple[Tensor, ...] | None]
 
 
