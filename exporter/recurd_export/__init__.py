@@ -30,15 +30,18 @@ def export(
     units: Sequence[str] = (),
     labels: Mapping[str, Sequence[str]] | None = None,
     sample_rate_hz: float | None = None,
+    step: bool = False,
+    trust_pickle: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> "Report":
     """Export a trained recurrent model to an ONNX file with a contract, and prove that the file does what it does.
 
     Args:
-        model: a ``torch.nn.Module`` with ``nn.LSTM``, ``nn.GRU`` or ``nn.RNN`` anywhere in it. It is left as it was.
+        model: a ``torch.nn.Module`` or a Keras model, which is left as it was, or the path of a file of either.
         example: an input tensor ``[batch, time, ...]`` as the model takes it (``[time, batch, ...]`` where it does so),
             or a tuple of one and the states the model takes. Float32, or int64 token ids. Its values
-            matter only where the model does not take any number (logarithms).
+            matter only where the model does not take any number (logarithms). ``None`` for a Keras model, which says
+            itself what it takes, and where it can be guessed from the module's first layer.
         path: the file to write; the directory must exist. It gets this name only when everything was verified.
         name: name of the model in the daemon; the file's stem when not given.
         version: version of the model.
@@ -46,6 +49,9 @@ def export(
         units: their units.
         labels: per head, names of its elements (classes).
         sample_rate_hz: rate of the steps.
+        step: the module's forward is one time step, ``(x [batch, ...], *states) -> (y, *states)``, and the example its
+            arguments; the states in it are the initial values.
+        trust_pickle: load a whole torch model from a file, which runs code that is in the file.
         progress: is told the name of each stage as it begins.
 
     Returns:
@@ -66,4 +72,5 @@ def export(
         labels={head: tuple(names) for head, names in (labels or {}).items()},
         sample_rate_hz=sample_rate_hz,
     )
-    return pipeline.export(sources.front_end(model, example), target, facts, progress or (lambda stage: None))
+    source = sources.front_end(model, example, step=step, trust_pickle=trust_pickle)
+    return pipeline.export(source, target, facts, progress or (lambda stage: None))

@@ -1,4 +1,4 @@
-"""``recurd export``: a factory and weights to a contract file."""
+"""``recurd export``: a trained model, from a file or a factory with weights, to a contract file."""
 
 import sys
 from contextlib import nullcontext
@@ -10,14 +10,18 @@ import msgspec
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from recurd_export.errors import ExportUsageError
+
 EPILOG = """\b
 Examples:
+  recurd export pump.keras --out pump.onnx
   recurd export pump.model:build --weights pump.pt --out pump.onnx
   recurd export pump.model:build --weights pump.safetensors --out pump.onnx --features flow,pressure --units l/s,bar
   recurd export charrnn:CharRNN --example 2,16 --dtype int64 --out char.onnx --json
 \b
-The factory is a function or class that gives a torch.nn.Module, or a module and an example input. It is looked up below
-the current directory too. Nothing in the weights file is executed.
+TARGET is a file of a whole model (.keras, .h5, or a torch.nn.Module in .pt or .pth), or a factory: a function or class
+that gives a torch.nn.Module, or a module and an example input. It is looked up below the current directory too.
+ONNX files are taken by 'recurd adopt'. Nothing in a file is executed but with --trust-pickle.
 \b
 Exit codes: 0 exported and verified, 2 wrong usage, 70 the model cannot be exported (nothing is written).
 """
@@ -46,8 +50,10 @@ def _words(ctx: click.Context, param: click.Parameter, value: str | None) -> tup
 
 
 @click.command(epilog=EPILOG)
-@click.argument("factory", metavar="PACKAGE.MODULE:FACTORY")
-@click.option("--weights", type=click.Path(path_type=Path), help="State dict: torch.save or .safetensors.")
+@click.argument("target", metavar="TARGET")
+@click.option(
+    "--weights", type=click.Path(path_type=Path), help="State dict for a factory: torch.save or .safetensors."
+)
 @click.option("--out", "-o", type=click.Path(path_type=Path), required=True, help="File to write, e.g. pump.onnx.")
 @click.option("--name", help="Name of the model in the daemon.  [the file's name without .onnx]")
 @click.option("--model-version", default="1", show_default=True, help="Version of the model.")
@@ -56,33 +62,66 @@ def _words(ctx: click.Context, param: click.Parameter, value: str | None) -> tup
 @click.option("--features", callback=_words, help="Names of the features, separated by commas.")
 @click.option("--units", callback=_words, help="Their units, separated by commas.")
 @click.option("--sample-rate-hz", type=float, help="Rate of the steps.")
+@click.option("--labels", "labels", multiple=True, metavar="HEAD=A,B,...", help="Names of a head's elements (classes).")
+@click.option(
+    "--trust-pickle",
+    is_flag=True,
+    help="Load a whole torch model from a file, which RUNS code that is in the file. Only for files you trust.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-def export(factory: str, weights: Path | None, out: Path, example: Any, dtype: str | None, **options: Any) -> None:
-    """Export a trained torch model to an ONNX file with a contract, and prove that the file does what the model does.
+def export(target: str, out: Path, **options: Any) -> None:
+    """Export a trained model to an ONNX file with a contract, and prove that the file does what the model does.
 
-    PACKAGE.MODULE:FACTORY gives the model; its hidden states become explicit inputs and outputs.
+    The model's hidden states become explicit inputs and outputs.
     """
     from recurd_export import export as run  # brings torch, which '--help' does without
-    from recurd_export import factory as factories
-    from recurd_export.pipeline import STAGES
 
     as_json, version = options.pop("as_json"), options.pop("model_version")
-    with _bar(len(STAGES)) as bar:
-        step = _Steps(bar, len(STAGES))
-        model, given = factories.build(factory)
-        if weights is not None:
-            factories.load_weights(model, weights)
-        if example is not None or given is None:
-            given = factories.make_example(model, example, dtype)
-        report = run(model, given, out, version=version, progress=step, **options)
-        step.finish()
+    labels = dict(map(_labels_of_a_head, options.pop("labels")))
+    loading = {name: options.pop(name) for name in ("weights", "example", "dtype", "trust_pickle")}
+    with _bar() as bar:
+        stages = _Stages(bar)
+        model, example = _load(target, **loading)
+        report = run(model, example, out, version=version, labels=labels, progress=stages, **options)
+        stages.finish()
     if as_json:
         sys.stdout.buffer.write(msgspec.json.format(msgspec.json.encode(report, enc_hook=str)) + b"\n")
     else:
         click.echo(report)
 
 
-def _bar(stages: int) -> Any:
+def _load(target: str, weights: Path | None, example: Any, dtype: str | None, trust_pickle: bool) -> tuple[Any, Any]:
+    """The model that was named, and an example for it; for a Keras file its path, as it says itself what it takes."""
+    from recurd_export import factory as factories
+    from recurd_export import sources
+
+    if sources.is_file_of_a_model(target):
+        if weights is not None:
+            raise ExportUsageError(f"{target} brings its own weights; --weights goes with a factory")
+        model, given = sources.load_file(Path(target), trust_pickle), None
+        if isinstance(model, Path):
+            if example is not None or dtype is not None:
+                raise ExportUsageError(f"{target} says itself what its input is; leave out --example and --dtype")
+            return model, None
+    else:
+        model, given = factories.build(target)
+    if weights is not None:
+        from recurd_export.pytorch.files import load_weights
+
+        load_weights(model, weights)
+    if example is not None or given is None:
+        given = factories.make_example(model, example, dtype)
+    return model, given
+
+
+def _labels_of_a_head(text: str) -> tuple[str, list[str]]:
+    head, equals, names = text.partition("=")
+    if not equals or not head or not names:
+        raise ExportUsageError(f"'{text}' does not say the labels of a head; write --labels output=low,high")
+    return head, [name.strip() for name in names.split(",")]
+
+
+def _bar() -> Any:
     """A progress bar on standard error when that is a terminal, else nothing."""
     console = Console(stderr=True)
     if not console.is_terminal:
@@ -91,17 +130,21 @@ def _bar(stages: int) -> Any:
     return Progress(*columns, console=console, transient=True)
 
 
-class _Steps:
+class _Stages:
     """Moves the bar; called with the name of each stage as it begins."""
 
-    def __init__(self, bar: Progress | None, stages: int) -> None:
+    def __init__(self, bar: Progress | None) -> None:
+        from recurd_export.pipeline import STAGES  # brings onnx
+
+        self._places = {stage: place for place, stage in enumerate(STAGES)}
         self._bar = bar
-        self._task = bar.add_task("load", total=stages + 1) if bar is not None else None
+        self._task = bar.add_task("load", total=len(STAGES)) if bar is not None else None
 
     def __call__(self, stage: str) -> None:
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, description=stage, advance=1)
+            self._bar.update(self._task, description=stage, completed=self._places[stage])
 
     def finish(self) -> None:
         """All done."""
-        self("done")
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=len(self._places))

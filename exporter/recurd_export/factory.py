@@ -1,18 +1,14 @@
-"""What the command line names, turned into objects: a factory, its weights, an example."""
+"""A factory of models that the command line names, and an example for what it makes."""
 
 import importlib
 import os
-import pickle
-import sys
-import zipfile
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from recurd_export.errors import ExportError, ExportUsageError
+from recurd_export.pytorch.files import make_importable
 from recurd_export.pytorch.layout import check_modules
 from recurd_export.pytorch.watch import first_line, label
 
@@ -26,8 +22,7 @@ def build(target: str) -> tuple[nn.Module, Any]:
     The factory may be a function or class that gives a module, or a module and an example, or be a module itself.
     Raises :class:`ExportError` when there is no such thing or it raises.
     """
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # as 'python -m' does
+    make_importable(os.getcwd())
     factory = _find(target)
     try:
         built = factory if isinstance(factory, nn.Module) else factory()
@@ -70,68 +65,6 @@ def _find(target: str) -> Any:
 def _article(value: Any) -> str:
     name = type(value).__name__
     return f"{'an' if name[:1].lower() in 'aeiou' else 'a'} {name}"
-
-
-def load_weights(model: nn.Module, path: Path) -> None:
-    """Load a state dict (``torch.save`` or safetensors) into a model; nothing in the file is executed.
-
-    Raises :class:`ExportError` for a file that cannot be read and for weights that do not fit.
-    """
-    weights = _without_prefix(_read_weights(path), model)
-    own = model.state_dict()
-    missing, unexpected = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
-    if missing or unexpected:
-        raise ExportError(f"{path}: does not fit {type(model).__name__}: {_few('missing', missing, unexpected)}")
-    for name, value in weights.items():
-        if isinstance(own[name], Tensor) and own[name].shape != value.shape:
-            raise ExportError(
-                f"{path}: does not fit {type(model).__name__}: '{name}' is {list(value.shape)}, the model's is "
-                f"{list(own[name].shape)}"
-            )
-    model.load_state_dict(weights)
-
-
-def _read_weights(path: Path) -> Mapping[str, Any]:
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise ExportUsageError(f"{path}: cannot be read: {error.strerror or first_line(error)}") from error
-    except pickle.UnpicklingError as error:
-        raise ExportError(
-            f"{path}: holds more than weights, which is not loaded because it could run code; save "
-            f"model.state_dict() instead"
-            if zipfile.is_zipfile(path)
-            else f"{path}: is not a file of weights"
-        ) from error
-    except Exception as error:  # both formats raise many types for a broken file
-        raise ExportError(f"{path}: is not a file of weights: {first_line(error)}") from error
-    for key in ("state_dict", "model_state_dict", "model"):
-        if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
-            loaded = loaded[key]
-    if not isinstance(loaded, Mapping) or not all(isinstance(value, Tensor) for value in loaded.values()):
-        raise ExportError(f"{path}: holds no state dict (a mapping of names to tensors)")
-    return loaded
-
-
-def _without_prefix(weights: Mapping[str, Any], model: nn.Module) -> Mapping[str, Any]:
-    """Names as the model has them, where a wrapper (DataParallel, torch.compile) has put its own before all of them."""
-    for prefix in ("module.", "_orig_mod."):
-        if weights and all(name.startswith(prefix) for name in weights) and not hasattr(model, prefix[:-1]):
-            return {name.removeprefix(prefix): value for name, value in weights.items()}
-    return weights
-
-
-def _few(word: str, missing: list[str], unexpected: list[str]) -> str:
-    parts = [
-        f"{word} {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
-        for word, names in ((word, missing), ("unexpected", unexpected))
-        if names
-    ]
-    return "; ".join(parts)
 
 
 def make_example(model: nn.Module, shape: tuple[int, ...] | None, dtype: str | None) -> Tensor:

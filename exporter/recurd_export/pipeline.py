@@ -27,9 +27,9 @@ Progress = Callable[[str], None]
 #: A source model, ready to be looked at: gives its candidate, and tells of its stages.
 FrontEnd = Callable[[Facts, Progress], Candidate]
 
-LOOK, TRACE, STEPS, CONVERT = "look at the model", "trace", "check time steps", "convert"
+LOAD, LOOK, TRACE, STEPS, CONVERT = "load", "look at the model", "trace", "check time steps", "convert"
 #: Every stage there is, in order; a front end may leave some out.
-STAGES = (LOOK, TRACE, STEPS, CONVERT, "verify", "write")
+STAGES = (LOAD, LOOK, TRACE, STEPS, CONVERT, "verify", "write")
 
 
 def export(source: FrontEnd, path: Path, facts: Facts, progress: Progress) -> Report:

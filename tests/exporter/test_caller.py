@@ -210,4 +210,4 @@ def test_progress_names_every_stage_in_order(tmp_path: Path) -> None:
         nn.GRU(3, 4, batch_first=True), torch.zeros(1, 2, 3), tmp_path / "m.onnx", progress=told.append
     )
 
-    assert told == list(pipeline.STAGES)
+    assert told == [stage for stage in pipeline.STAGES if stage != pipeline.LOAD]
