@@ -1,20 +1,51 @@
 """Runs of a model from a fresh start, with any batch size and number of steps."""
 
+from dataclasses import replace
+
+import torch
 from torch import Tensor, nn
 
 from recurd_export.errors import ExportError
 from recurd_export.pytorch.arguments import Arguments
-from recurd_export.pytorch.watch import ForwardError, Inject, Run, copy_of, watch
+from recurd_export.pytorch.convolved import Convolve
+from recurd_export.pytorch.recurrence import is_plain
+from recurd_export.pytorch.watch import Call, ForwardError, Inject, Run, copy_of, watch
 
 
-def fresh_run(model: nn.Module, arguments: Arguments, x: Tensor, inject: Inject | None = None) -> Run:
-    """Run a copy on an input ``[batch, time, ...]``, all its states being zeros (or what ``inject`` gives).
+def fresh_run(
+    model: nn.Module,
+    arguments: Arguments,
+    x: Tensor,
+    inject: Inject | None = None,
+    convolve: Convolve | None = None,
+) -> Run:
+    """Run a copy on an input ``[batch, time, ...]``, all its states being zeros (or what ``inject`` and
+    ``convolve`` give).
 
     Raises :class:`~recurd_export.pytorch.watch.ForwardError` when its forward does.
     """
+    run = _run(model, arguments, x, inject, convolve)
+    loops = [call for call in run.calls if call.taken]
+    if not loops or (x.shape[1] > 1 and all(map(is_plain, loops))):
+        return run
+    # What a loop makes of a cell's state after a step is seen when it hands it to the next step.
+    longer = _run(model, arguments, torch.cat([x, x[:, -1:]], dim=1), inject, convolve)
+    later = {call.key: call for call in longer.calls}
+    return replace(run, calls=tuple(_handed_on(call, later.get(call.key)) for call in run.calls))
+
+
+def _run(model: nn.Module, arguments: Arguments, x: Tensor, inject: Inject | None, convolve: Convolve | None) -> Run:
     copied = copy_of(model)
     arguments.prepare(copied, len(x))
-    return watch(copied, arguments.with_input(x), inject)
+    return watch(copied, arguments.with_input(x), inject, convolve)
+
+
+def _handed_on(call: Call, longer: Call | None) -> Call:
+    """The call of a cell, what is left being what a run of one more step hands to the cell in that step."""
+    if not call.taken or longer is None or len(longer.taken) != len(call.taken) + 1:
+        return call
+    given = longer.taken[-1].given
+    return replace(call, left=tuple(map(torch.zeros_like, call.left)) if given is None else given)
 
 
 def run_with(model: nn.Module, arguments: Arguments, x: Tensor) -> Run:

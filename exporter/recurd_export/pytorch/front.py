@@ -18,7 +18,7 @@ from recurd.verify import EQUAL, Check, Inputs, Piece, Tolerance, compare, drive
 from recurd_export import pipeline
 from recurd_export.candidate import Candidate
 from recurd_export.facts import Facts
-from recurd_export.pytorch import bounds, convert, hoist, layout, rewrite, steps, trace
+from recurd_export.pytorch import bounds, convert, layout, rewrite, steps, trace, ways
 from recurd_export.pytorch.describe import describe_layer, describe_model, notes
 from recurd_export.pytorch.reference import Reference, returns_state_arguments
 
@@ -38,7 +38,7 @@ def _candidate(model: nn.Module, example: Any, facts: Facts, progress: pipeline.
     progress(pipeline.LOOK)
     found = layout.find(model, example)
     progress(pipeline.TRACE)
-    hoisted = hoist.Hoisted(model, found)
+    hoisted = ways.choose(model, found)
     with convert.quiet():
         program = trace.trace(model, hoisted)
     progress(pipeline.STEPS)

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recurd_export.pytorch import ops, tree
+from recurd_export.pytorch import convolutions, ops, tree
 from recurd_export.pytorch.layout import Layout
-from recurd_export.pytorch.recurrence import Recurrence
+from recurd_export.pytorch.recurrence import Recurrence, mode
 from recurd_export.pytorch.watch import copy_of
 
 #: torch's order of gates in ONNX's order.
@@ -25,8 +25,10 @@ _GATES = {"LSTM": (0, 3, 1, 2), "GRU": (1, 0, 2), "RNN_TANH": (0,), "RNN_RELU": 
 class Carried:
     """States on their way through one forward. Owned by :class:`Hoisted`; the replaced forwards read and fill it."""
 
-    def __init__(self, lengths: Tensor, states: Mapping[str, Tensor]) -> None:
+    def __init__(self, lengths: Tensor, states: Mapping[str, Tensor], sizes: tuple[Any, Any] = (0, 0)) -> None:
         self.lengths = lengths
+        #: Batch and steps.
+        self.sizes = sizes
         self.states = states
         self.next: dict[str, Tensor] = {}
         self.calls: dict[str, int] = defaultdict(int)
@@ -44,7 +46,8 @@ class Hoisted(nn.Module):
         for recurrence in layout.recurrences:
             by_path[recurrence.path].append(recurrence)
         for path, recurrences in by_path.items():
-            _replace_forward(self, path, recurrences)
+            self.replace_forward(path, recurrences)
+        convolutions.replace_forwards(self, layout.convolutions)
 
     @property
     def carried(self) -> Carried:
@@ -59,43 +62,60 @@ class Hoisted(nn.Module):
         for layout, state in zip(layouts, states, strict=True):
             torch._check(state.shape[layout.batch_axis] == batch)  # type: ignore[no-untyped-call]
         by_name = {layout.name: state for layout, state in zip(layouts, states, strict=True)}
-        self._carried = Carried(lengths, by_name)
-        arguments = self.layout.arguments
-        arguments.prepare(self.model, batch)
-        output = self.model(*arguments.with_input(input.clone()))  # a forward may write to its input
-        found = [tensor for _, tensor in tree.leaves(output)]
-        heads = [head.arrange(found[head.position], batch, steps) for head in self.layout.heads]
+        self._carried = Carried(lengths, by_name, (batch, steps))
+        heads = self.heads(input)
         return (*heads, *(self._carried.next[layout.name] for layout in layouts))
 
+    def heads(self, input: Tensor) -> list[Tensor]:
+        """Run the model; its heads as the contract has them."""
+        batch, steps = self._carried.sizes
+        return [
+            head.arrange(tensor, batch, steps)
+            for head, tensor in zip(self.layout.heads, self.results(input), strict=True)
+        ]
 
-def _replace_forward(hoisted: Hoisted, path: str, recurrences: list[Recurrence]) -> None:
-    module = hoisted.model.get_submodule(path)
-    assert isinstance(module, nn.RNNBase)
-    for layer in range(module.num_layers):
+    def results(self, input: Tensor) -> list[Tensor]:
+        """Run the model on ``[batch, time, ...]``; its heads as it gives them."""
+        arguments = self.layout.arguments
+        arguments.prepare(self.model, input.shape[0])
+        output = self.model(*arguments.with_input(input.clone()))  # a forward may write to its input
+        found = [tensor for _, tensor in tree.leaves(output)]
+        return [found[head.position] for head in self.layout.heads]
+
+    def replace_forward(self, path: str, recurrences: list[Recurrence]) -> None:
+        """Have a module of the copy take its states from :attr:`carried`; ``recurrences`` are its calls, in order."""
+        hoisted, module = self, pack(self.model.get_submodule(path))
+
+        def forward(self: Any, input: Tensor, hx: Any = None) -> tuple[Tensor, Any]:
+            carried = hoisted.carried
+            recurrence = recurrences[carried.calls[path]]
+            carried.calls[path] += 1
+            x = input.transpose(0, 1) if self.batch_first else input
+            lasts = []
+            for layer in range(self.num_layers):
+                x, states = run_layer(self, recurrence, layer, x, carried)
+                lasts.append(states)
+            stacked = tuple(torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*lasts, strict=True))
+            return x.transpose(0, 1) if self.batch_first else x, stacked if len(stacked) == 2 else stacked[0]
+
+        module.forward = MethodType(forward, module)
+
+
+def pack(module: Any) -> Any:
+    """The module, with its weights beside it as ONNX has them."""
+    for layer in range(getattr(module, "num_layers", 1)):
         for name, value in zip("wrb", onnx_weights(module, layer), strict=True):
             module.register_buffer(f"onnx_{name}_l{layer}", value, persistent=True)
-
-    def forward(self: Any, input: Tensor, hx: Any = None) -> tuple[Tensor, Any]:
-        carried = hoisted.carried
-        recurrence = recurrences[carried.calls[path]]
-        carried.calls[path] += 1
-        x = input.transpose(0, 1) if self.batch_first else input
-        lasts = []
-        for layer in range(self.num_layers):
-            x, states = _layer(self, recurrence, layer, x, carried)
-            lasts.append(states)
-        stacked = tuple(torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*lasts, strict=True))
-        return x.transpose(0, 1) if self.batch_first else x, stacked if len(stacked) == 2 else stacked[0]
-
-    module.forward = MethodType(forward, module)
+    return module
 
 
-def _layer(
+def run_layer(
     module: Any, recurrence: Recurrence, layer: int, x: Tensor, carried: Carried
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """One layer over time-major x: its output ``[time, batch, directions * hidden]`` and its next states."""
     names = recurrence.state_names(layer)
-    args = [x, carried.lengths, *(carried.states[name] for name in names)]
+    given = [carried.states[name].unsqueeze(0) if recurrence.cell else carried.states[name] for name in names]
+    args = [x, carried.lengths, *given]
     args += [getattr(module, f"onnx_{name}_l{layer}") for name in "wrb"]
     # What a layer does otherwise than torch's own (activations, a GRU's reset).
     options = getattr(module, "onnx_options", ())
@@ -105,19 +125,20 @@ def _layer(
         y, *states = ops.gru(*args, *options)
     else:
         y, *states = ops.rnn(*args, *(options or ("Tanh" if recurrence.mode == "RNN_TANH" else "Relu",)))
+    states = [state.squeeze(0) for state in states] if recurrence.cell else states
     carried.next |= dict(zip(names, states, strict=True))
     merged = y.squeeze(1) if recurrence.directions == 1 else y.transpose(1, 2).flatten(2)
     return merged, tuple(states)
 
 
-def onnx_weights(module: nn.RNNBase, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+def onnx_weights(module: Any, layer: int) -> tuple[Tensor, Tensor, Tensor]:
     """W, R and B of one layer, in ONNX's gate order, each with a leading axis of directions."""
     parts: list[list[Tensor]] = [[], [], []]
-    for suffix in ("", "_reverse") if module.bidirectional else ("",):
-        w = _reorder(module, getattr(module, f"weight_ih_l{layer}{suffix}"))
-        r = _reorder(module, getattr(module, f"weight_hh_l{layer}{suffix}"))
+    for ending in _endings(module, layer):
+        w = _reorder(module, getattr(module, f"weight_ih{ending}"))
+        r = _reorder(module, getattr(module, f"weight_hh{ending}"))
         if module.bias:
-            biases = [getattr(module, f"bias_{kind}_l{layer}{suffix}") for kind in ("ih", "hh")]
+            biases = [getattr(module, f"bias_{kind}{ending}") for kind in ("ih", "hh")]
             b = torch.cat([_reorder(module, bias) for bias in biases])
         else:
             b = w.new_zeros(2 * len(w))
@@ -127,7 +148,14 @@ def onnx_weights(module: nn.RNNBase, layer: int) -> tuple[Tensor, Tensor, Tensor
     return w, r, b
 
 
-def _reorder(module: nn.RNNBase, weight: Tensor) -> Tensor:
-    order = _GATES[module.mode]
+def _endings(module: Any, layer: int) -> list[str]:
+    """What the names of a layer's weights end in, one a direction."""
+    if isinstance(module, nn.RNNCellBase):
+        return [""]
+    return [f"_l{layer}", f"_l{layer}_reverse"] if module.bidirectional else [f"_l{layer}"]
+
+
+def _reorder(module: Any, weight: Tensor) -> Tensor:
+    order = _GATES[mode(module)]
     gates = weight.detach().cpu().chunk(len(order))
     return torch.cat([gates[gate] for gate in order])

@@ -4,6 +4,7 @@ Such an attribute is a state argument in another place: it is found by what a se
 layers, and reset before every run, so that every run is a fresh start.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +18,7 @@ from recurd_export.pytorch.watch import ForwardError, Run, copy_of, tensors, wat
 
 @dataclass(frozen=True)
 class Kept:
-    """An attribute that holds states, as a run left it; every tensor is ``[layers * directions, batch, hidden]``."""
+    """An attribute that holds states, as a run left it; every tensor is ``[..., batch, hidden]``."""
 
     path: str
     attribute: str
@@ -29,7 +30,7 @@ class Kept:
         """Make the next run, of ``batch`` rows (symbolic too), a fresh start: the model's own, or zeros."""
         module = model.get_submodule(self.path)
         rows = batch + 1 if self.renewed else batch
-        zeros = tree.map_leaves(self.value, lambda t: torch.zeros(t.shape[0], rows, t.shape[2], dtype=t.dtype))
+        zeros = tree.map_leaves(self.value, lambda t: torch.zeros(*t.shape[:-2], rows, t.shape[-1], dtype=t.dtype))
         if self.attribute in module._buffers:
             module._buffers[self.attribute] = zeros  # a buffer does not take what may be no tensor while tracing
         else:
@@ -44,15 +45,16 @@ def find_kept(model: nn.Module, args: tuple[Any, ...]) -> tuple[Kept, ...]:
     copied = copy_of(model)
     first = watch(copied, tree.map_leaves(args, Tensor.clone))
     before = _attributes(copied)
-    carried = _carried(first, watch(copied, tree.map_leaves(args, Tensor.clone)))
+    held = [part for _, _, value in before for part in _parts(value)]
+    carried = _carried(first, watch(copied, tree.map_leaves(args, Tensor.clone)), held)
     if not carried:
         return ()
     found = tuple(
         Kept(path, name, value)
         for path, name, value in before
-        if (parts := list(tensors(value))) and all(_among(part, carried) for part in parts)
+        if (parts := list(tensors(value))) and all(_is_carried(part, carried) for part in parts)
     )
-    held = [part for kept in found for part in tensors(kept.value)]
+    held = [part for kept in found for part in _parts(kept.value)]
     if not all(_among(state, held) for state in carried):
         raise ExportError("the model keeps its state from call to call elsewhere than in attributes of its modules")
     return tuple(replace(kept, renewed=_renews(model, args, found)) for kept in found)
@@ -62,7 +64,7 @@ def _renews(model: nn.Module, args: tuple[Any, ...], found: tuple[Kept, ...]) ->
     """Whether the model takes a state of a wrong batch size as a reason to begin anew."""
     copied = copy_of(model)
     for kept in found:
-        replace(kept, renewed=True).reset(copied, next(tensors(kept.value)).shape[1])
+        replace(kept, renewed=True).reset(copied, next(tensors(kept.value)).shape[-2])
     try:
         watch(copied, tree.map_leaves(args, Tensor.clone))
     except ForwardError:
@@ -79,15 +81,35 @@ def _attributes(model: nn.Module) -> list[tuple[str, str, Any]]:
     return found
 
 
-def _carried(first: Run, second: Run) -> list[Tensor]:
-    """States the second call started from that are those the first call left."""
-    left = {call.key: call.left for call in first.calls}
-    return [
-        given
-        for call in second.calls
-        for given, before in zip(call.given or (), left.get(call.key, ()), strict=False)
-        if given.shape == before.shape and torch.equal(given, before)
-    ]
+def _carried(first: Run, second: Run, held: list[Tensor]) -> list[Tensor]:
+    """States the second call started from that are those the first call left.
+
+    What a loop makes of a cell's state before it keeps it does not show in the first call; it is ``held`` somewhere,
+    and not what the first call started from.
+    """
+    before = {call.key: call for call in first.calls}
+    found = []
+    for call in second.calls:
+        earlier = before.get(call.key)
+        for number, given in enumerate(call.given or ()):
+            left = earlier.left[number] if earlier is not None else given.new_empty(0)
+            started = earlier.given[number] if earlier is not None and earlier.given else torch.zeros_like(given)
+            is_held = bool(call.taken) and not torch.equal(given, started) and _among(given, held)
+            if is_held or _among(given, [left]):
+                found.append(given)
+    return found
+
+
+def _parts(value: Any) -> Iterator[Tensor]:
+    """All tensors in a nest, and the states of single cells that are stacked in one."""
+    for tensor in tensors(value):
+        yield tensor
+        if tensor.dim() == 3:
+            yield from tensor.unbind(0)
+
+
+def _is_carried(part: Tensor, carried: list[Tensor]) -> bool:
+    return _among(part, carried) or (part.dim() == 3 and all(_among(one, carried) for one in part.unbind(0)))
 
 
 def _among(tensor: Tensor, others: list[Tensor]) -> bool:

@@ -17,6 +17,8 @@ from recurd_export.errors import ExportError
 from recurd_export.pytorch import tree
 from recurd_export.pytorch.arguments import BATCH, OTHER_BATCH, OTHER_STEPS, STEPS, Arguments, read_example
 from recurd_export.pytorch.conduct import check_repeatable, is_choosy
+from recurd_export.pytorch.convolutions import Convolution
+from recurd_export.pytorch.convolutions import find as find_convolutions
 from recurd_export.pytorch.fresh import run_with
 from recurd_export.pytorch.kept import find_kept
 from recurd_export.pytorch.outputs import HeadLayout, find_outputs
@@ -49,6 +51,8 @@ class Layout:
 
     arguments: Arguments
     recurrences: tuple[Recurrence, ...]
+    #: Convolutions over time that look at no step to come.
+    convolutions: tuple[Convolution, ...]
     heads: tuple[HeadLayout, ...]
     #: Positions, among the returned tensors, of states.
     returned_states: tuple[int, ...]
@@ -56,7 +60,8 @@ class Layout:
     @property
     def states(self) -> tuple[StateLayout, ...]:
         """All states, in the contract's order."""
-        return tuple(state for recurrence in self.recurrences for state in recurrence.states)
+        carried = (convolution.state for convolution in self.convolutions)
+        return (*(state for recurrence in self.recurrences for state in recurrence.states), *carried)
 
     @property
     def causal(self) -> bool:
@@ -81,20 +86,24 @@ def find(model: nn.Module, example: Any) -> Layout:
         run_with(model, arguments, arguments.random(BATCH, OTHER_STEPS, 2)),
     ]
     _check_steady(runs)
+    _check_loops(run)
     recurrences = find_recurrences([run.calls for run in runs], lambda call: _unsteady(model, arguments, call))
-    taken = {name for recurrence in recurrences for name in names(recurrence.states)}
+    convolutions = find_convolutions(runs)
+    taken = {name for one in recurrences for name in names(one.states)}
+    taken |= {name for one in convolutions for name in names((one.state,))}
     heads, states = find_outputs(model, arguments, runs, taken)
-    return Layout(arguments, recurrences, heads, states)
+    return Layout(arguments, recurrences, convolutions, heads, states)
 
 
 def check_modules(model: nn.Module) -> None:
     """Refuse, with :class:`ExportError`, models without a recurrent layer or with one that cannot be exported."""
-    recurrent = [(path, m) for path, m in model.named_modules() if isinstance(m, nn.RNNBase)]
-    if not recurrent:
-        cells = [label(path, m) for path, m in model.named_modules() if isinstance(m, nn.RNNCellBase)]
-        hint = f"; cells ({cells[0]}) are not supported yet" if cells else ""
-        raise ExportError(f"no recurrent layer (nn.LSTM, nn.GRU, nn.RNN) was found in {type(model).__name__}{hint}")
-    for path, module in recurrent:
+    layers = [(path, m) for path, m in model.named_modules() if isinstance(m, nn.RNNBase)]
+    if not layers and not any(isinstance(m, nn.RNNCellBase) for m in model.modules()):
+        raise ExportError(
+            f"no recurrent layer (nn.LSTM, nn.GRU, nn.RNN) and no cell was found in {type(model).__name__}; a module "
+            f"whose forward is one step, (x, state...) -> (y, state...), is exported with step=True"
+        )
+    for path, module in layers:
         if getattr(module, "proj_size", 0):
             raise ExportError(f"{label(path, module)} has proj_size={module.proj_size}: ONNX has no such projection")
         if type(module).forward is not _CLASSES[module.mode].forward and not hasattr(module, "onnx_options"):
@@ -146,7 +155,7 @@ def _orient(model: nn.Module, arguments: Arguments, batch: int) -> tuple[Argumen
             candidate = replace(arguments, time_major=time_major, state_axes=state_axes)
             try:
                 run = run_with(model, candidate, candidate.random(BATCH, STEPS, 0))
-                _check_sizes(run)
+                _check_sizes(model, run)
             except ExportError as error:
                 trouble = trouble or error
             else:
@@ -169,7 +178,7 @@ def _classes(x: Tensor, run: Run) -> int | None:
     return min((size for size, ids in run.lookups if bool(torch.isin(ids, x).all())), default=None)
 
 
-def _check_sizes(run: Run) -> None:
+def _check_sizes(model: nn.Module, run: Run) -> None:
     """Every recurrent layer must see the model's own batch and steps."""
     seen = {(call.batch, call.steps): call for call in run.calls}
     if seen.keys() == {(BATCH, STEPS)}:
@@ -180,6 +189,8 @@ def _check_sizes(run: Run) -> None:
             f"{seen[STEPS, BATCH].label} (is batch_first=True missing in one of them?)"
         )
     call = next(c for c in run.calls if (c.batch, c.steps) != (BATCH, STEPS))
+    if call.taken and call.batch == BATCH:
+        raise ExportError(_often(model, call))
     if call.steps == 1 and sum(c.path == call.path for c in run.calls) >= STEPS:
         raise ExportError(f"{call.label} is called once for every time step; call it once over the whole sequence")
     changer = shape_changer(run, STEPS)
@@ -189,6 +200,44 @@ def _check_sizes(run: Run) -> None:
         f"{call.label} runs over a batch of {call.batch} and {call.steps} steps where the model was given a batch of "
         f"{BATCH} and {STEPS} steps; each of its rows must be one stream"
     )
+
+
+def _often(model: nn.Module, call: Call) -> str:
+    """Why a cell is called other than once a step."""
+    paths = [
+        path for path, module in model.named_modules(remove_duplicate=False) if module is model.get_submodule(call.path)
+    ]
+    others = [f"'{path}'" for path in paths if path != call.path]
+    what = f"{call.label} is called {call.steps} times for {STEPS} steps"
+    if others:
+        return (
+            f"{what}: it is {' and '.join(others)} too, and one cell has one state; give each place a cell of its own"
+        )
+    return f"{what}; a cell must be called once a step, on a batch of one row a stream"
+
+
+def _check_loops(run: Run) -> None:
+    """A cell must be handed in every step what the step before has made of its state."""
+    for call in run.calls:
+        resets = [
+            step
+            for step, (before, now) in enumerate(itertools.pairwise(call.taken), start=2)
+            if _is_start(now, call) and not (now.given and all(map(torch.equal, now.given, before.left)))
+        ]
+        if resets and len(resets) == len(call.taken) - 1:
+            raise ExportError(f"the loop never hands the state of {call.label} from one step to the next")
+        if resets:
+            raise ExportError(
+                f"the state of {call.label} is reset inside the loop (in step {resets[0]} of {STEPS}); a stream's "
+                f"state is reset from outside"
+            )
+
+
+def _is_start(step: Call, loop: Call) -> bool:
+    """Whether a step of a cell starts from the state that the loop starts from."""
+    if step.given is None or loop.given is None:
+        return step.given is loop.given or not any(part.any() for part in (*(step.given or ()), *(loop.given or ())))
+    return all(map(torch.equal, step.given, loop.given))
 
 
 def _check_state_arguments(model: nn.Module, x: Tensor, rest: tuple[Any, ...]) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from recurd_export.errors import ExportError
+from recurd_export.pytorch.convolved import ConvolutionRecorder, Convolve, Convolved
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class Run:
     passages: tuple[Passage, ...]
     #: Number of embeddings and ids of every ``nn.Embedding`` that ran.
     lookups: tuple[tuple[int, Tensor], ...]
+    convolutions: tuple[Convolved, ...]
 
 
 class ForwardError(Exception):
@@ -124,12 +126,15 @@ def tensors(value: Any) -> Iterator[Tensor]:
             yield from tensors(item)
 
 
-def watch(copied: nn.Module, args: tuple[Any, ...], inject: Inject | None = None) -> Run:
+def watch(
+    copied: nn.Module, args: tuple[Any, ...], inject: Inject | None = None, convolve: Convolve | None = None
+) -> Run:
     """Run a copy (see :func:`copy_of`) once, without gradients.
 
     Raises :class:`ForwardError` when the forward raises, :class:`ExportError` for what no recurrent layer may get here.
     """
     recorder = _Recorder(copied, inject)
+    convolutions = ConvolutionRecorder(copied, convolve)
     try:
         with torch.no_grad():
             output = copied(*args)
@@ -140,7 +145,9 @@ def watch(copied: nn.Module, args: tuple[Any, ...], inject: Inject | None = None
         raise ForwardError(label(path, module), error, module) from error
     finally:
         recorder.remove()
-    return Run(output, _joined(recorder.calls), tuple(recorder.passages), tuple(recorder.lookups))
+        convolutions.remove()
+    seen = tuple(recorder.passages), tuple(recorder.lookups), tuple(convolutions.calls)
+    return Run(output, _joined(recorder.calls), *seen)
 
 
 def _joined(calls: list[Call]) -> tuple[Call, ...]:
