@@ -26,6 +26,8 @@ Array = npt.NDArray[Any]
 
 _CUDA = "CUDAExecutionProvider"
 _CPU = "CPUExecutionProvider"
+#: With float16 weights in front of a MatMul this one makes onnxruntime 1.31 crash on the CPU while it loads.
+DISABLED_OPTIMIZERS = ["FuseFp16InitializerToFp32NodeTransformer"]
 _WITHOUT_CUDA = "recurd may be installed without the extra 'cuda' (pip install '.[cuda]' in a checkout)"
 
 
@@ -197,7 +199,12 @@ class Model:
         return ort.OrtValue.ortvalue_from_numpy(zeros, "cuda", int(self.device.partition(":")[2]))
 
     def _make_session(self, model: onnx.ModelProto, threads: int) -> ort.InferenceSession:
-        session = ort.InferenceSession(model.SerializeToString(), _options(threads), providers=[_provider(self.device)])
+        session = ort.InferenceSession(
+            model.SerializeToString(),
+            _options(threads),
+            providers=[_provider(self.device)],
+            disabled_optimizers=DISABLED_OPTIMIZERS,
+        )
         if self.device != "cpu" and _CUDA not in session.get_providers():
             raise DeviceError(f"the session on '{self.device}' fell back to the CPU")
         return session

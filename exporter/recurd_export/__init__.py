@@ -32,6 +32,9 @@ def export(
     sample_rate_hz: float | None = None,
     step: bool = False,
     trust_pickle: bool = False,
+    normalize: Any = None,
+    precision: str = "float32",
+    state_precision: str | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> "Report":
     """Export a trained recurrent model to an ONNX file with a contract, and prove that the file does what it does.
@@ -52,6 +55,12 @@ def export(
         step: the module's forward is one time step, ``(x [batch, ...], *states) -> (y, *states)``, and the example its
             arguments; the states in it are the initial values.
         trust_pickle: load a whole torch model from a file, which runs code that is in the file.
+        normalize: what is to be done to the input in the graph, so that clients send raw values: a pair ``(mean, std)``
+            of numbers or of arrays of one step's shape, or a fitted scaler of scikit-learn (standard, robust, min-max
+            or max-abs). The example is what the model itself takes.
+        precision: ``float32``; ``float16``: weights, arithmetic and, unless said otherwise, states; or
+            ``bfloat16-weights``: half the file, computed in float32. Inputs and heads stay float32.
+        state_precision: ``float32`` or ``float16``; as the arithmetic when not given.
         progress: is told the name of each stage as it begins.
 
     Returns:
@@ -62,6 +71,7 @@ def export(
     """
     from recurd_export import pipeline, sources  # onnx, torch and keras take seconds to import
     from recurd_export.facts import Facts
+    from recurd_export.options import options
 
     target = Path(path)
     facts = Facts(
@@ -72,5 +82,6 @@ def export(
         labels={head: tuple(names) for head, names in (labels or {}).items()},
         sample_rate_hz=sample_rate_hz,
     )
+    chosen = options(normalize=normalize, precision=precision, state_precision=state_precision)
     source = sources.front_end(model, example, step=step, trust_pickle=trust_pickle)
-    return pipeline.export(source, target, facts, progress or (lambda stage: None))
+    return pipeline.export(source, target, facts, progress or (lambda stage: None), chosen)

@@ -36,3 +36,9 @@ class Candidate:
     #: A bound wider than the usual one, relative to the largest value, where the graph computes more coarsely than the
     #: source does.
     coarseness: float = 0.0
+    #: How much further, relative to the largest value, weights that were rounded for the file may take it away from the
+    #: source; in what the file computes with them it is as exact as ever.
+    rounded: float = 0.0
+    #: Relative bound within which the graph alone must give the same however its streams are cut and batched; checked
+    #: apart from the source where it is not 0, because the bounds above are too wide to show it.
+    cuts: float = 0.0

@@ -63,6 +63,11 @@ def _words(ctx: click.Context, param: click.Parameter, value: str | None) -> tup
 @click.option("--units", callback=_words, help="Their units, separated by commas.")
 @click.option("--sample-rate-hz", type=float, help="Rate of the steps.")
 @click.option("--labels", "labels", multiple=True, metavar="HEAD=A,B,...", help="Names of a head's elements (classes).")
+@click.option("--normalize", type=click.Path(path_type=Path), help='JSON file: {"mean": [...], "std": [...]}.')
+@click.option(
+    "--precision", default="float32", show_default=True, metavar="float32|float16|bfloat16-weights", help="Of the file."
+)
+@click.option("--state-precision", metavar="float32|float16", help="Of the states.  [as the arithmetic]")
 @click.option(
     "--trust-pickle",
     is_flag=True,
@@ -78,6 +83,7 @@ def export(target: str, out: Path, **options: Any) -> None:
 
     as_json, version = options.pop("as_json"), options.pop("model_version")
     labels = dict(map(_labels_of_a_head, options.pop("labels")))
+    options["normalize"] = _read_normalization(options["normalize"])
     loading = {name: options.pop(name) for name in ("weights", "example", "dtype", "trust_pickle")}
     with _bar() as bar:
         stages = _Stages(bar)
@@ -119,6 +125,17 @@ def _labels_of_a_head(text: str) -> tuple[str, list[str]]:
     if not equals or not head or not names:
         raise ExportUsageError(f"'{text}' does not say the labels of a head; write --labels output=low,high")
     return head, [name.strip() for name in names.split(",")]
+
+
+def _read_normalization(path: Path | None) -> Any:
+    if path is None:
+        return None
+    from recurd_export.normalize import read
+
+    try:
+        return read(path.read_bytes(), str(path))
+    except OSError as error:
+        raise ExportUsageError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def _bar() -> Any:

@@ -1,8 +1,9 @@
 """From a trained model to a proven contract file: read this first.
 
 A front end (``pytorch``, ``keras``, ``adopt``) makes a :class:`~recurd_export.candidate.Candidate` of the source model:
-a contract graph, and the source as a runner. The rest is the same for all: hold the one against the other (``prove``),
-and give the file its final name (``publish``).
+a contract graph, and the source as a runner. The rest is the same for all: put it into the precision that was asked for
+(``precision``) and normalisation in front of it (``normalize``), hold it against the source (``prove``), and give the
+file its final name (``publish``).
 """
 
 import time
@@ -18,6 +19,9 @@ from recurd.verify import RAGGED, RTOL, check_golden
 from recurd_export.candidate import Candidate
 from recurd_export.errors import ExportError
 from recurd_export.facts import Facts
+from recurd_export.normalize import put_in_front
+from recurd_export.options import Options
+from recurd_export.precision import reduce
 from recurd_export.prove import hold, prove
 from recurd_export.publish import check_target, unpublished
 from recurd_export.report import Report
@@ -32,13 +36,15 @@ LOAD, LOOK, TRACE, STEPS, CONVERT = "load", "look at the model", "trace", "check
 STAGES = (LOAD, LOOK, TRACE, STEPS, CONVERT, "verify", "write")
 
 
-def export(source: FrontEnd, path: Path, facts: Facts, progress: Progress) -> Report:
+def export(source: FrontEnd, path: Path, facts: Facts, progress: Progress, options: Options | None = None) -> Report:
     """The whole way. Raises :class:`ExportError`; then nothing is left at ``path`` (or what was there before)."""
     started = time.monotonic()
     if not facts.name:
         raise ExportError("the model's name is empty")
     check_target(path)
-    candidate = source(facts, progress)
+    options = options or Options()
+    # What a client sends is float32 whatever the model computes in, so its normalisation comes last, in front.
+    candidate = put_in_front(reduce(source(facts, progress), options), options.normalize)
     contract, proto = candidate.contract, candidate.proto
     contract = msgspec.structs.replace(contract, weights_sha256=contracts.weights_sha256(proto))
     progress("verify")
@@ -52,14 +58,15 @@ def export(source: FrontEnd, path: Path, facts: Facts, progress: Progress) -> Re
     return Report(
         path=path,
         contract=contract,
+        precision=options.precision,
         hoisted=candidate.hoisted,
         checks=tuple(checks),
-        notes=(*candidate.notes, *_notes(proof)),
+        notes=(*candidate.notes, *_notes(proof, candidate)),
         bytes=path.stat().st_size,
         seconds=time.monotonic() - started,
     )
 
 
-def _notes(proof: Proof) -> Iterator[str]:
-    if proof.rtol > RTOL:
+def _notes(proof: Proof, candidate: Candidate) -> Iterator[str]:
+    if proof.rtol > max(RTOL, candidate.coarseness):
         yield f"rounding grows in this model, so relative errors up to {proof.rtol:.1e} are allowed"

@@ -1,9 +1,11 @@
 """Holds a candidate against its source model, in a plain session and in the daemon's tick, and records the proof."""
 
+import msgspec
 import numpy as np
 
 from recurd.contract import Golden, Proof
 from recurd.contract import Tensor as Stored
+from recurd.errors import ContractError
 from recurd.model import Model
 from recurd.verify import (
     ATOL,
@@ -37,10 +39,10 @@ def prove(candidate: Candidate) -> tuple[Proof, list[Check]]:
 
     Raises :class:`ExportError` when one does not hold.
     """
-    tolerance = _tolerance(candidate)
-    inputs, contract = candidate.inputs, candidate.contract
-    session = Session(candidate.proto, contract)
-    tick = Model(candidate.proto, contract, device="cpu", slots=len(RAGGED), threads=1)
+    own = _tolerance(candidate)
+    tolerance = Tolerance(own.atol, max(own.rtol, candidate.rounded))
+    inputs = candidate.inputs
+    session, tick = _load(candidate)
     # Of the two runs the worse stands in the report and in the proof.
     checks = [
         max(map(hold, both), key=lambda check: check.error)
@@ -51,8 +53,31 @@ def prove(candidate: Candidate) -> tuple[Proof, list[Check]]:
         )
     ]
     checks += map(hold, candidate.more_checks(inputs, tolerance))
+    if candidate.cuts:
+        checks.append(hold(_against_itself(tick, candidate, own)))
     errors = {check.name: check.error for check in checks}
-    return Proof(atol=tolerance.atol, rtol=tolerance.rtol, errors=errors, golden=_golden(session, inputs)), checks
+    return Proof(atol=own.atol, rtol=own.rtol, errors=errors, golden=_golden(session, inputs)), checks
+
+
+def _load(candidate: Candidate) -> tuple[Session, Model]:
+    """The graph in a plain session and as the daemon runs it. Raises :class:`ExportError` when it cannot be run."""
+    try:
+        session = Session(candidate.proto, candidate.contract)
+        return session, Model(candidate.proto, candidate.contract, device="cpu", slots=len(RAGGED), threads=1)
+    except ContractError as error:
+        raise ExportError(str(error)) from error
+    except Exception as error:  # the runtime raises its own unexported types
+        text = str(error).strip().split("\n")[0]
+        raise ExportError(f"the runtime does not run the exported graph: {text or type(error).__name__}") from error
+
+
+def _against_itself(tick: Model, candidate: Candidate, own: Tolerance) -> Check:
+    """The worst that cutting and batching do to the graph's own results."""
+    widened = own.rtol > max(RTOL, candidate.coarseness)  # rounding grows in the model itself
+    tolerance = Tolerance(own.atol, max(candidate.cuts, own.rtol) if widened else candidate.cuts)
+    found = hold_against(tick, tick, candidate.inputs, tolerance, np.random.default_rng(0))
+    worst = max(found, key=lambda check: np.nan_to_num(check.error / check.bound, nan=np.inf))
+    return msgspec.structs.replace(worst, name="against itself")
 
 
 def hold(check: Check) -> Check:

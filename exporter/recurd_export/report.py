@@ -26,6 +26,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 
     path: Path
     contract: Contract
+    #: Of weights and arithmetic; that of the states is in the contract.
+    precision: str = "float32"
     hoisted: tuple[Layer, ...]
     checks: tuple[Check, ...]
     #: What the caller should know and might not expect.
@@ -43,6 +45,11 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
             lines.append(f"  head    {head.name}: {head.dtype} [{axes}{_tail(head.shape)}]{_per(head.per)}")
         for layer in self.hoisted:
             lines.append(f"  hoisted {_describe(layer)}")
+        if self.precision != "float32" or any(state.dtype == "float16" for state in contract.states):
+            states = ", ".join(dict.fromkeys(state.dtype for state in contract.states))
+            lines.append(f"  runs in {self.precision}, states {states}")
+        if contract.input.std:
+            lines.append("  input   is normalised in the graph: clients send raw values")
         lines.append(f"  causal  {'yes' if contract.causal else 'no'}")
         for check in self.checks:
             lines.append(f"  checked {check.name}: largest error {check.error:.1e} (allowed {check.bound:.1e})")

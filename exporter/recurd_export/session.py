@@ -8,6 +8,7 @@ import onnx
 import onnxruntime as ort
 
 from recurd.contract import Contract
+from recurd.model import DISABLED_OPTIMIZERS
 
 Array = npt.NDArray[Any]
 
@@ -23,7 +24,12 @@ class Session:
         options.log_severity_level = 3
         options.intra_op_num_threads = 1  # the runs are small
         self.contract = contract
-        self._session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        self._session = ort.InferenceSession(
+            model.SerializeToString(),
+            options,
+            providers=["CPUExecutionProvider"],
+            disabled_optimizers=DISABLED_OPTIMIZERS,
+        )
         self._rows: dict[int, dict[str, Array]] = {}
 
     def run(self, slots: Array, fresh: Array, lengths: Array, input: Array) -> list[Array]:
