@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from recurd_export.pytorch import convolutions
 from recurd_export.pytorch.arguments import BATCH, STEPS
 from recurd_export.pytorch.fresh import fresh_run
 from recurd_export.pytorch.layout import Layout
@@ -34,9 +35,13 @@ def mixing_module(model: nn.Module, layout: Layout) -> str | None:
 
 def _in_chunks(model: nn.Module, layout: Layout, x: Tensor) -> list[Run]:
     runs: list[Run] = []
+    states: dict[str, Tensor] | None = None
     for start, stop in itertools.pairwise(_CUTS):
         left = {call.key: call.left for call in runs[-1].calls} if runs else {}
-        runs.append(fresh_run(model, layout.arguments, x[:, start:stop], lambda key, *_, left=left: left.get(key)))
+        convolve = convolutions.carrying(layout.convolutions, states)
+        piece = x[:, start:stop]
+        runs.append(fresh_run(model, layout.arguments, piece, lambda key, *_, left=left: left.get(key), convolve))
+        states = convolutions.left(layout.convolutions, runs[-1], states)
     return runs
 
 

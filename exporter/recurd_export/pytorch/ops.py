@@ -78,6 +78,12 @@ def _batch_axis_after(batch_axis: int, time_axis: int) -> int:
     return batch_axis - (time_axis < batch_axis)
 
 
+@torch.library.custom_op("recurd::last_steps", mutates_args=())
+def last_steps(x: Tensor, lengths: Tensor, steps: int, time_axis: int) -> Tensor:
+    """Every row's own last ``steps`` steps of x ``[batch, ...]``, which has ``steps`` more than ``lengths`` counts."""
+    return torch.stack([row.narrow(time_axis - 1, int(n), steps) for row, n in zip(x, lengths, strict=True)])
+
+
 @lstm.register_fake
 def _(x: Tensor, lengths: Tensor, h: Tensor, c: Tensor, *rest: Any, **options: Any) -> tuple[Tensor, ...]:
     return _fake_y(x, h), torch.empty_like(h), torch.empty_like(c)
@@ -96,6 +102,11 @@ def _(x: Tensor, lengths: Tensor, h: Tensor, *rest: Any, **options: Any) -> tupl
 @last_step.register_fake
 def _(x: Tensor, lengths: Tensor, batch_axis: int, time_axis: int) -> Tensor:
     return x.new_empty([size for axis, size in enumerate(x.shape) if axis != time_axis])
+
+
+@last_steps.register_fake
+def _(x: Tensor, lengths: Tensor, steps: int, time_axis: int) -> Tensor:
+    return x.new_empty([steps if axis == time_axis else size for axis, size in enumerate(x.shape)])
 
 
 def _fake_y(x: Tensor, h: Tensor) -> Tensor:
@@ -228,11 +239,21 @@ def translations() -> dict[Any, Callable[..., Any]]:
         order.insert(_batch_axis_after(batch_axis, time_axis), 0)
         return last if order == sorted(order) else op.Transpose(last, perm=order)
 
+    def onnx_last_steps(x: Any, lengths: Any, steps: int, time_axis: int) -> Any:
+        sizes = [1 if axis == 0 else steps if axis == time_axis else int(x.shape[axis]) for axis in range(len(x.shape))]
+        column = [-1 if axis == 0 else 1 for axis in range(len(sizes))]
+        first = op.Reshape(op.Cast(lengths, to=7), op.Constant(value_ints=column))
+        own = [size if axis == time_axis else 1 for axis, size in enumerate(sizes)]
+        after = op.Reshape(op.Constant(value_ints=list(range(steps))), op.Constant(value_ints=own))
+        indices = op.Expand(op.Add(first, after), op.Constant(value_ints=sizes))
+        return op.GatherElements(x, indices, axis=time_axis)
+
     return {
         torch.ops.recurd.lstm.default: onnx_lstm,
         torch.ops.recurd.gru.default: onnx_gru,
         torch.ops.recurd.rnn.default: onnx_rnn,
         torch.ops.recurd.last_step.default: onnx_last_step,
+        torch.ops.recurd.last_steps.default: onnx_last_steps,
     }
 
 

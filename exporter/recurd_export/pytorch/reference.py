@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from recurd.contract import Contract
 from recurd_export.errors import ExportError
-from recurd_export.pytorch import tree
+from recurd_export.pytorch import convolutions, tree
 from recurd_export.pytorch.fresh import fresh_run
 from recurd_export.pytorch.layout import Layout
 from recurd_export.pytorch.state import join_rows, take_row
@@ -71,14 +71,17 @@ class Reference:
     def pass_along(self, streams: Sequence[Array], cuts: Sequence[int]) -> dict[str, list[Array]]:
         """Heads (as of :func:`recurd.verify.drive`) of equally long streams when the caller hands the state back.
 
-        Only for models with :func:`returns_state_arguments`.
+        Only for models with :func:`returns_state_arguments`. The states of convolutions, which no caller has, are
+        carried on here.
         """
         x = torch.from_numpy(np.stack(streams))
         _, *rest = self._layout.arguments.with_input(x)
+        over_time, carried = self._layout.convolutions, None
         parts: list[list[Array]] = [[] for _ in self.contract.heads]
         for start, stop in itertools.pairwise(cuts):
             piece, *_ = self._layout.arguments.with_input(x[:, start:stop])
-            run = watch(copy_of(self._model), (piece, *rest))
+            run = watch(copy_of(self._model), (piece, *rest), convolve=convolutions.carrying(over_time, carried))
+            carried = convolutions.left(over_time, run, carried)
             found = [leaf for _, leaf in tree.leaves(run.output)]
             left = iter([found[position] for position in self._layout.returned_states])
             rest = tree.map_leaves(rest, lambda _: next(left))  # noqa: B023  (consumed at once)
@@ -100,20 +103,21 @@ class Reference:
         batch, steps = x.shape[:2]
         states = None if given is None else join_rows(given, self._layout.states)
 
-        def inject(key: _Key, module: nn.RNNBase, size: int) -> tuple[Tensor, ...] | None:
+        def inject(key: _Key, module: nn.Module, size: int) -> tuple[Tensor, ...] | None:
             return None if states is None else self._recurrences[key].join(states)
 
         tensor = torch.from_numpy(np.ascontiguousarray(x))
         tensor = tensor.to(self._dtype) if tensor.is_floating_point() else tensor
         try:
-            run = fresh_run(self._model, self._layout.arguments, tensor, inject)
+            convolve = convolutions.carrying(self._layout.convolutions, states)
+            run = fresh_run(self._model, self._layout.arguments, tensor, inject, convolve)
         except ForwardError as error:
             raise ExportError(
                 f"the model's forward fails with a batch of {batch} and {steps} steps: {error}"
             ) from error
         found = [leaf for _, leaf in tree.leaves(run.output)]
         heads = [self._arranged(index, found, batch, steps) for index in range(len(self.contract.heads))]
-        left: dict[str, Tensor] = {}
+        left = convolutions.left(self._layout.convolutions, run, states)
         for call in run.calls:
             left |= self._recurrences[call.key].split(call.left)
         return [_Row([head[row] for head in heads], take_row(left, self._layout.states, row)) for row in range(batch)]
