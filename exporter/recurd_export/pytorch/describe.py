@@ -24,11 +24,12 @@ def describe_model(model: nn.Module, found: Layout, program: torch.export.Export
     facts.check_labels(head.name for head in found.heads)
     outputs: Any = program.graph_module.graph.output_node().args[0]
     values = [node.meta["val"] for node in outputs[: len(found.heads)]]
+    one_step = not any(spec.arg.name == "lengths" for spec in program.graph_signature.input_specs)
     return Contract(
         name=facts.name,
         version=facts.version,
         input=facts.input(found.arguments.dtype, found.arguments.step_shape, found.arguments.classes),
-        heads=tuple(_head(head, value, facts) for head, value in zip(found.heads, values, strict=True)),
+        heads=tuple(_head(head, value, facts, one_step) for head, value in zip(found.heads, values, strict=True)),
         states=tuple(map(_state, found.states)),
         causal=found.causal,
         source=Source(
@@ -40,8 +41,8 @@ def describe_model(model: nn.Module, found: Layout, program: torch.export.Export
     )
 
 
-def _head(head: HeadLayout, value: Tensor, facts: Facts) -> Head:
-    shape = value.shape[2 if head.per == "step" else 1 :]
+def _head(head: HeadLayout, value: Tensor, facts: Facts, one_step: bool) -> Head:
+    shape = value.shape[2 if head.per == "step" and not one_step else 1 :]
     if not all(isinstance(size, int) for size in shape):
         raise ExportError(
             f"head '{head.name}' has the shape {list(value.shape)}, which is not fixed but for batch and time"

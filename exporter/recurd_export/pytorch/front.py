@@ -21,6 +21,7 @@ from recurd_export.facts import Facts
 from recurd_export.pytorch import bounds, convert, layout, rewrite, steps, trace, ways
 from recurd_export.pytorch.describe import describe_layer, describe_model, notes
 from recurd_export.pytorch.reference import Reference, returns_state_arguments
+from recurd_export.scan import over_time
 
 
 def front(model: nn.Module, example: Any) -> pipeline.FrontEnd:
@@ -55,7 +56,7 @@ def _candidate(model: nn.Module, example: Any, facts: Facts, progress: pipeline.
             yield _check_passing(reference, inputs, tolerance)
 
     return Candidate(
-        proto=_convert(program, contract),
+        proto=_convert(program, contract, hoisted.one_step),
         contract=contract,
         reference=reference,
         exact=Reference(model, found, contract, double=True),
@@ -66,10 +67,13 @@ def _candidate(model: nn.Module, example: Any, facts: Facts, progress: pipeline.
     )
 
 
-def _convert(program: torch.export.ExportedProgram, contract: Contract) -> onnx.ModelProto:
-    inputs = [contract.input.name, contract.lengths, *(state.name for state in contract.states)]
+def _convert(program: torch.export.ExportedProgram, contract: Contract, one_step: bool) -> onnx.ModelProto:
+    """The graph of the contract; that of one step is run over time by a Scan."""
+    inputs = [contract.input.name, *([] if one_step else [contract.lengths])]
+    inputs += [state.name for state in contract.states]
     outputs = [head.name for head in contract.heads] + [state.output for state in contract.states]
     proto = convert.to_onnx(program, inputs, outputs)
+    proto = over_time(proto, contract) if one_step else proto
     convert.finish(proto, contract)
     return proto
 

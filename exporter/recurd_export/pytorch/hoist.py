@@ -6,7 +6,7 @@ leaves its next state there. Nothing else of the module changes, so code that as
 """
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MethodType
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from recurd_export.pytorch import convolutions, ops, tree
+from recurd_export.pytorch.arguments import BATCH, STEPS
 from recurd_export.pytorch.layout import Layout
 from recurd_export.pytorch.recurrence import Recurrence, mode
 from recurd_export.pytorch.watch import copy_of
@@ -37,6 +38,9 @@ class Carried:
 class Hoisted(nn.Module):
     """``(input [batch, time, ...], lengths, *states) -> (*heads, *next states)`` around a copy of the model."""
 
+    #: Whether it is one step instead: ``(input [batch, ...], *states) -> (*heads, *next states)``.
+    one_step = False
+
     def __init__(self, model: nn.Module, layout: Layout) -> None:
         super().__init__()
         self.model = copy_of(model)
@@ -56,15 +60,26 @@ class Hoisted(nn.Module):
 
     def forward(self, input: Tensor, lengths: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
         """See the class."""
-        layouts = self.layout.states
         batch, steps = input.shape[:2]
         torch._check(lengths.shape[0] == batch)  # type: ignore[no-untyped-call]
-        for layout, state in zip(layouts, states, strict=True):
-            torch._check(state.shape[layout.batch_axis] == batch)  # type: ignore[no-untyped-call]
-        by_name = {layout.name: state for layout, state in zip(layouts, states, strict=True)}
+        by_name = self.by_name(batch, states)
         self._carried = Carried(lengths, by_name, (batch, steps))
         heads = self.heads(input)
-        return (*heads, *(self._carried.next[layout.name] for layout in layouts))
+        return (*heads, *(self._carried.next[name] for name in by_name))
+
+    def by_name(self, batch: Any, states: Sequence[Tensor]) -> dict[str, Tensor]:
+        """The states under their names, each having so many rows."""
+        for layout, state in zip(self.layout.states, states, strict=True):
+            torch._check(state.shape[layout.batch_axis] == batch)  # type: ignore[no-untyped-call]
+        return {layout.name: state for layout, state in zip(self.layout.states, states, strict=True)}
+
+    def example(self, batch: Any, time: Any) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+        """Arguments to trace it with, and which of their axes are ``batch`` and ``time``."""
+        x = self.layout.arguments.random(BATCH, STEPS, 0)
+        lengths = torch.full((BATCH,), STEPS, dtype=torch.int32)
+        states = [state.fresh(BATCH) for state in self.layout.states]
+        rows = tuple({state.batch_axis: batch} for state in self.layout.states)
+        return (x, lengths, *states), {"input": {0: batch, 1: time}, "lengths": {0: batch}, "states": rows}
 
     def heads(self, input: Tensor) -> list[Tensor]:
         """Run the model; its heads as the contract has them."""

@@ -104,8 +104,6 @@ def check_modules(model: nn.Module) -> None:
             f"whose forward is one step, (x, state...) -> (y, state...), is exported with step=True"
         )
     for path, module in layers:
-        if getattr(module, "proj_size", 0):
-            raise ExportError(f"{label(path, module)} has proj_size={module.proj_size}: ONNX has no such projection")
         if type(module).forward is not _CLASSES[module.mode].forward and not hasattr(module, "onnx_options"):
             raise ExportError(
                 f"{label(path, module)} is a subclass of nn.{_CLASSES[module.mode].__name__} with a forward of its "

@@ -8,6 +8,7 @@ known to us or not.
 import itertools
 import operator
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -46,13 +47,17 @@ _REASONS = {
 
 
 def check(program: torch.export.ExportedProgram, layout: Layout) -> None:
-    """Run the graph whole and in chunks, padded and alone. Raises :class:`ExportError` naming what mixes steps."""
+    """Run the graph whole and in chunks, padded and alone; that of one step with other rows and alone.
+
+    Raises :class:`ExportError` naming what mixes steps or rows.
+    """
     graph = Graph(program)
+    check_all = _check_all if graph.time is not None else _check_one_step
     try:
         # In float64, where no model is so sensitive that rounding looks like mixing.
-        _check_all(graph.to(torch.float64), layout)
+        check_all(graph.to(torch.float64), layout)
     except RuntimeError:  # the model makes float32 tensors of its own, which do not go together with float64
-        _check_all(graph, layout)
+        check_all(graph, layout)
 
 
 def _check_all(graph: Graph, layout: Layout) -> None:
@@ -122,6 +127,38 @@ def _check_rows(graph: Graph, layout: Layout) -> None:
             f"{describe_node(node)} mixes the rows of a batch or reads padded steps, so a stream's results would "
             f"depend on the streams it runs with"
         )
+
+
+def _check_one_step(graph: Graph, layout: Layout) -> None:
+    batch, steps = 3, 4
+    x = layout.arguments.random(batch, steps, 12)
+    states = [state.fresh(batch) for state in layout.states]
+    for step in range(steps):
+        together = graph.run(x[:, step], None, states, causal=True)
+        alone = [_row_of_step(graph, layout, x[:, step], states, row) for row in range(batch)]
+        node = _first(graph, partial(_mixes_rows, graph, together, alone))
+        if node is not None:
+            raise ExportError(
+                f"{describe_node(node)} mixes the rows of a batch, so a stream's results would depend on the streams "
+                f"it runs with"
+            )
+        states = [together[node.name] for node in _outputs(graph)[len(layout.heads) :]]
+
+
+def _row_of_step(graph: Graph, layout: Layout, x: Tensor, states: list[Tensor], row: int) -> dict[str, Any]:
+    of_row = [s.narrow(found.batch_axis, row, 1) for s, found in zip(states, layout.states, strict=True)]
+    return graph.run(x[row : row + 1], None, of_row, causal=True)
+
+
+def _mixes_rows(graph: Graph, together: dict[str, Any], alone: list[dict[str, Any]], node: fx.Node) -> bool:
+    axis = graph.axis(node, graph.batch)
+    if _folded(node, graph.batch) is not None:
+        return False
+    whole = together[node.name]
+    return any(
+        _differ(whole if axis is None else whole.narrow(axis, row, 1), values[node.name])
+        for row, values in enumerate(alone)
+    )
 
 
 def _outputs(graph: Graph) -> list[fx.Node]:

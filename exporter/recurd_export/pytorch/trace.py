@@ -12,7 +12,6 @@ from torch.export import Dim, ExportedProgram
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from recurd_export.errors import ExportError
-from recurd_export.pytorch.arguments import BATCH, STEPS
 from recurd_export.pytorch.blame import mixing_module
 from recurd_export.pytorch.hoist import Hoisted
 from recurd_export.pytorch.watch import first_line
@@ -23,6 +22,8 @@ _SIZES = (1, 2, 3, 4, 7, 16, 20, 31, 64, 100, 1000, 4097, 10**6)
 
 def trace(model: nn.Module, hoisted: Hoisted) -> ExportedProgram:
     """The program ``(input, lengths, *states) -> (*heads, *next states)`` of a model that was hoisted.
+
+    That of one step has no ``lengths``.
 
     Raises :class:`ExportError` with what the model does that cannot be traced, or that holds for some sizes only.
     """
@@ -62,14 +63,9 @@ def _refusal(model: nn.Module, hoisted: Hoisted, error: Exception, conditions: l
 
 
 def _trace(hoisted: Hoisted, batch: Any, time: Any, *, strict: bool = False) -> ExportedProgram:
-    layout = hoisted.layout
-    x = layout.arguments.random(BATCH, STEPS, 0)
-    lengths = torch.full((BATCH,), STEPS, dtype=torch.int32)
-    states = [state.fresh(BATCH) for state in layout.states]
-    rows = tuple({state.batch_axis: batch} for state in layout.states)
-    dynamic = {"input": {0: batch, 1: time}, "lengths": {0: batch}, "states": rows}
+    args, dynamic = hoisted.example(batch, time)
     with contextlib.redirect_stderr(io.StringIO()):  # a failed trace prints its graph; the error says what is wrong
-        return torch.export.export(hoisted, (x, lengths, *states), dynamic_shapes=dynamic, strict=strict)
+        return torch.export.export(hoisted, args, dynamic_shapes=dynamic, strict=strict)
 
 
 def _conditions(error: Exception) -> list[str]:

@@ -28,11 +28,14 @@ class Graph:
             else:
                 values: Any = {**program.state_dict, **program.constants}
                 self.fixed.append(values[spec.target].detach())
-        self.batch, self.time = (size.node.expr for size in self.placeholders["input"].meta["val"].shape[:2])
+        shape = self.placeholders["input"].meta["val"].shape
+        self.batch = shape[0].node.expr
+        #: ``None`` in the graph of one step.
+        self.time = shape[1].node.expr if "lengths" in self.placeholders else None
 
     def axes(self, node: fx.Node, symbol: Any) -> list[int]:
         """Which axes of a node's value have the size ``symbol``."""
-        value = node.meta.get("val")
+        value = node.meta.get("val") if symbol is not None else None
         shape = value.shape if isinstance(value, Tensor) else ()
         return [i for i, n in enumerate(shape) if isinstance(n, torch.SymInt) and n.node.expr == symbol]
 
@@ -41,14 +44,15 @@ class Graph:
         axes = self.axes(node, symbol)
         return axes[0] if len(axes) == 1 else None
 
-    def run(self, x: Tensor, lengths: Tensor, states: Sequence[Tensor], causal: bool) -> dict[str, Any]:
+    def run(self, x: Tensor, lengths: Tensor | None, states: Sequence[Tensor], causal: bool) -> dict[str, Any]:
         """Values of all nodes by name. With ``causal``, second directions run forwards (see ops.forward_only).
 
-        In the graph's own precision, which :meth:`to` changes.
+        In the graph's own precision, which :meth:`to` changes. The graph of one step takes no ``lengths``.
         """
         recorder = _Recorder(self.module, causal)
+        given = () if lengths is None else (lengths,)
         with torch.no_grad():
-            recorder.run(*self.fixed, _as(self.dtype, x), lengths, *(_as(self.dtype, state) for state in states))
+            recorder.run(*self.fixed, _as(self.dtype, x), *given, *(_as(self.dtype, state) for state in states))
         return recorder.values
 
     def to(self, dtype: torch.dtype) -> "Graph":

@@ -1,0 +1,122 @@
+"""A model run one step at a time: for what no fused layer does.
+
+The model is run with a single step. What a loop makes of a cell's state before it hands it on (a norm, a projection)
+shows only when it does so, so where that is no plain recurrence the model is run with two steps: the cell's state after
+the first step is what its second call is given. What only the second step gives is of no use, and is left out of the
+traced graph.
+"""
+
+from types import MethodType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from recurd_export.pytorch.hoist import Carried, Hoisted
+from recurd_export.pytorch.recurrence import Recurrence
+
+
+class Stepped(Hoisted):
+    """``(input [batch, ...], *states) -> (*heads, *next states)`` around a copy of the model: one step of it."""
+
+    one_step = True
+
+    def forward(self, input: Tensor, *states: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        """See the class."""
+        plain = all(recurrence.plain for recurrence in self.layout.recurrences)
+        has_last = any(head.per == "last" for head in self.layout.heads)
+        heads = self._run(input, states, 1) if plain or has_last else []
+        if not plain:
+            both = self._run(input, states, 2)
+            heads = [heads[i] if head.per == "last" else both[i] for i, head in enumerate(self.layout.heads)]
+        return (*heads, *(self.carried.next[layout.name] for layout in self.layout.states))
+
+    def example(self, batch: Any, time: Any) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+        """See :meth:`Hoisted.example`."""
+        (x, _, *states), dynamic = super().example(batch, time)
+        return (x[:, 0], *states), {"input": {0: batch}, "states": dynamic["states"]}
+
+    def _run(self, input: Tensor, states: tuple[Tensor, ...], steps: int) -> list[Tensor]:
+        """Heads of the first of so many steps that are all the same."""
+        by_name = self.by_name(input.shape[0], states)
+        self._carried = Carried(torch.zeros(0), by_name, (input.shape[0], steps))
+        heads = self.heads(torch.stack([input] * steps, 1))
+        return [
+            tensor.select(1, 0) if head.per == "step" else tensor
+            for head, tensor in zip(self.layout.heads, heads, strict=True)
+        ]
+
+    def replace_forward(self, path: str, recurrences: list[Recurrence]) -> None:
+        """See :meth:`Hoisted.replace_forward`."""
+        module: Any = self.model.get_submodule(path)
+        of_one = self._cell if recurrences[0].cell else self._layer
+        module.forward = of_one(path, module, recurrences)
+
+    def _cell(self, path: str, module: Any, recurrences: list[Recurrence]) -> Any:
+        (recurrence,), hoisted, own = recurrences, self, module.forward
+        names = recurrence.state_names(0)
+
+        def forward(self: Any, input: Tensor, hx: Any = None) -> Any:
+            carried = hoisted.carried
+            number = carried.calls[path]
+            carried.calls[path] += 1
+            if number == 0:
+                left = own(input, _pair([carried.states[name] for name in names]))
+                carried.next |= dict(zip(names, _parts(left), strict=True)) if recurrence.plain else {}
+                return left
+            if number == 1 and not recurrence.plain:
+                carried.next |= dict(zip(names, _parts(hx), strict=True))
+            return own(input, hx)
+
+        return MethodType(forward, module)
+
+    def _layer(self, path: str, module: Any, recurrences: list[Recurrence]) -> Any:
+        hoisted = self
+
+        def forward(self: Any, input: Tensor, hx: Any = None) -> tuple[Tensor, Any]:
+            carried = hoisted.carried
+            recurrence = recurrences[carried.calls[path]]
+            carried.calls[path] += 1
+            time_axis = 1 if self.batch_first else 0
+            states = [
+                tuple(carried.states[name].squeeze(0) for name in recurrence.state_names(layer))
+                for layer in range(self.num_layers)
+            ]
+            outputs = []
+            for number, x in enumerate(input.unbind(time_axis)):
+                for layer, given in enumerate(states):
+                    states[layer] = _step(self, recurrence.mode, layer, x, given)
+                    x = states[layer][0]
+                    if number == 0:
+                        left = (state.unsqueeze(0) for state in states[layer])
+                        carried.next |= dict(zip(recurrence.state_names(layer), left, strict=True))
+                outputs.append(x)
+            return torch.stack(outputs, time_axis), _pair([torch.stack(part) for part in zip(*states, strict=True)])
+
+        return MethodType(forward, module)
+
+
+def _step(module: nn.RNNBase, mode: str, layer: int, x: Tensor, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """One step of a layer, by torch's formulas."""
+    weights = [getattr(module, f"{name}_l{layer}") for name in ("weight_ih", "weight_hh")]
+    biases = [getattr(module, f"{name}_l{layer}") if module.bias else None for name in ("bias_ih", "bias_hh")]
+    of_x, of_h = (F.linear(value, w, b) for value, w, b in zip((x, given[0]), weights, biases, strict=True))
+    if mode == "LSTM":
+        i, f, g, o = (of_x + of_h).chunk(4, dim=1)
+        c = torch.sigmoid(f) * given[1] + torch.sigmoid(i) * torch.tanh(g)
+        h = torch.sigmoid(o) * torch.tanh(c)
+        return (F.linear(h, getattr(module, f"weight_hr_l{layer}")) if module.proj_size else h), c
+    if mode == "GRU":
+        (xr, xz, xn), (hr, hz, hn) = of_x.chunk(3, dim=1), of_h.chunk(3, dim=1)
+        z = torch.sigmoid(xz + hz)
+        return ((1 - z) * torch.tanh(xn + torch.sigmoid(xr + hr) * hn) + z * given[0],)
+    return (torch.tanh(of_x + of_h) if mode == "RNN_TANH" else torch.relu(of_x + of_h),)
+
+
+def _pair(states: list[Tensor]) -> Any:
+    return tuple(states) if len(states) == 2 else states[0]
+
+
+def _parts(states: Any) -> tuple[Tensor, ...]:
+    return tuple(states) if isinstance(states, tuple | list) else (states,)
