@@ -33,7 +33,7 @@ FrontEnd = Callable[[Facts, Progress], Candidate]
 
 LOAD, LOOK, TRACE, STEPS, CONVERT = "load", "look at the model", "trace", "check time steps", "convert"
 #: Every stage there is, in order; a front end may leave some out.
-STAGES = (LOAD, LOOK, TRACE, STEPS, CONVERT, "verify", "write")
+STAGES = (LOAD, LOOK, TRACE, STEPS, CONVERT, "verify", "long run", "write")
 
 
 def export(source: FrontEnd, path: Path, facts: Facts, progress: Progress, options: Options | None = None) -> Report:
@@ -48,7 +48,8 @@ def export(source: FrontEnd, path: Path, facts: Facts, progress: Progress, optio
     contract, proto = candidate.contract, candidate.proto
     contract = msgspec.structs.replace(contract, weights_sha256=contracts.weights_sha256(proto))
     progress("verify")
-    proof, checks = prove(candidate)
+    proven = prove(candidate, progress)
+    proof, checks = proven.proof, list(proven.checks)
     contract = msgspec.structs.replace(contract, proof=proof)
     contracts.attach(proto, contract)
     progress("write")
@@ -61,7 +62,8 @@ def export(source: FrontEnd, path: Path, facts: Facts, progress: Progress, optio
         precision=options.precision,
         hoisted=candidate.hoisted,
         checks=tuple(checks),
-        notes=(*candidate.notes, *_notes(proof, candidate)),
+        drift=proven.drift,
+        notes=(*candidate.notes, *_notes(proof, candidate), *proven.notes),
         bytes=path.stat().st_size,
         seconds=time.monotonic() - started,
     )

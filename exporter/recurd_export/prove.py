@@ -1,5 +1,8 @@
 """Holds a candidate against its source model, in a plain session and in the daemon's tick, and records the proof."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import msgspec
 import numpy as np
 
@@ -22,6 +25,7 @@ from recurd.verify import (
     together,
 )
 from recurd_export.candidate import Candidate
+from recurd_export.drift import Drift, judge, measure
 from recurd_export.errors import ExportError
 from recurd_export.session import Session
 
@@ -34,8 +38,19 @@ NOISE_FACTOR = 8.0
 MAX_RTOL = 0.05
 
 
-def prove(candidate: Candidate) -> tuple[Proof, list[Check]]:
-    """Every check of a candidate, and what the file is to carry of them.
+@dataclass(frozen=True)
+class Proven:
+    """A candidate whose checks held: what the file is to carry of them, and how far it is from its source over time."""
+
+    proof: Proof
+    checks: tuple[Check, ...]
+    drift: Drift
+    #: What the caller should know of the drift.
+    notes: tuple[str, ...]
+
+
+def prove(candidate: Candidate, progress: Callable[[str], None]) -> Proven:
+    """Every check of a candidate.
 
     Raises :class:`ExportError` when one does not hold.
     """
@@ -56,7 +71,12 @@ def prove(candidate: Candidate) -> tuple[Proof, list[Check]]:
     if candidate.cuts:
         checks.append(hold(_against_itself(tick, candidate, own)))
     errors = {check.name: check.error for check in checks}
-    return Proof(atol=own.atol, rtol=own.rtol, errors=errors, golden=_golden(session, inputs)), checks
+    proof = Proof(atol=own.atol, rtol=own.rtol, errors=errors, golden=_golden(session, inputs))
+    progress("long run")
+    drift = measure(tick, candidate.reference, inputs, tolerance)
+    reduced = candidate.cuts > 0
+    notes = judge(drift, candidate.reference, candidate.exact, inputs, reduced=reduced)
+    return Proven(proof, tuple(checks), drift, tuple(notes))
 
 
 def _load(candidate: Candidate) -> tuple[Session, Model]:

@@ -6,6 +6,7 @@ import msgspec
 
 from recurd.contract import Contract
 from recurd.verify import Check
+from recurd_export.drift import Drift
 
 
 class Layer(msgspec.Struct, frozen=True, kw_only=True):
@@ -30,6 +31,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     precision: str = "float32"
     hoisted: tuple[Layer, ...]
     checks: tuple[Check, ...]
+    #: Errors over a long stream.
+    drift: Drift
     #: What the caller should know and might not expect.
     notes: tuple[str, ...] = ()
     #: Size of the file.
@@ -53,6 +56,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
         lines.append(f"  causal  {'yes' if contract.causal else 'no'}")
         for check in self.checks:
             lines.append(f"  checked {check.name}: largest error {check.error:.1e} (allowed {check.bound:.1e})")
+        lines.append(f"  drift   {_drift(self.drift)}")
         return "\n".join(lines + [f"  note    {note}" for note in self.notes])
 
 
@@ -68,3 +72,12 @@ def _describe(layer: Layer) -> str:
     stack = f"{layer.layers} layer{'s' if layer.layers > 1 else ''} of {layer.hidden}"
     both = ", both directions" if layer.directions == 2 else ""
     return f"{layer.module} ({layer.kind}, {stack}{both}), initial {layer.initial}: {', '.join(layer.states)}"
+
+
+def _drift(drift: Drift) -> str:
+    worst = drift.worst
+    fewer = f"; {drift.fewer}" if drift.fewer else ""
+    return (
+        f"over {drift.steps:,} steps: largest error {worst.worst:.1e} (allowed {worst.bound:.1e}) in "
+        f"'{worst.tensor}', at the end {worst.errors[-1]:.1e}{fewer}"
+    )

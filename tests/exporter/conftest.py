@@ -13,12 +13,20 @@ import onnxruntime as ort
 import pytest
 import torch
 
+from recurd_export import drift
+
 torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(20)
+
+
+@pytest.fixture(autouse=True)
+def _short_long_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every export ends with a long run; test_drift.py holds it at its full length."""
+    monkeypatch.setattr(drift, "STEPS", 2_000)
 
 
 class PlainRun:
