@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from recurd_export.pytorch import ops
 from recurd_export.pytorch.arguments import BATCH, OTHER_BATCH, OTHER_STEPS, STEPS
 from recurd_export.pytorch.convolved import Convolve, Convolved, Key
 from recurd_export.pytorch.state import StateLayout
@@ -65,28 +64,35 @@ class Convolution:
         """Its last inputs ``[batch, channels, ..., span, ...]``."""
         return StateLayout(f"{self.name}.x", self.initial, batch_axis=0)
 
-    def join(self, x: Tensor, state: Tensor) -> Tensor:
-        """The state and a chunk's own steps; what the model has put in front of them is left out."""
-        steps = x.narrow(self.time_axis, self.lead, x.shape[self.time_axis] - self.lead)
+    def own(self, x: Tensor) -> Tensor:
+        """A chunk's own steps, out of what the convolution is given."""
+        return x.narrow(self.time_axis, self.lead, x.shape[self.time_axis] - self.lead)
+
+    def join(self, steps: Tensor, state: Tensor) -> Tensor:
+        """The state and the steps that follow it."""
         return torch.cat([state, steps], self.time_axis)
 
     def convolve(self, module: Any, joined: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """What the module gives, but after the state instead of padding; ``joined`` as of :meth:`join`."""
+        """What the module gives for a chunk's own steps after a state (see :meth:`join`)."""
         sides = _sides(module)
         sides[self.time_axis - 2] = (0, 0)
         if any(side != (0, 0) for side in sides):
             joined = F.pad(joined, _flat(sides), "constant" if module.padding_mode == "zeros" else module.padding_mode)
         y: Tensor = _FUNCTIONS[joined.dim()](joined, weight, bias, module.stride, 0, module.dilation, module.groups)
+        return y
+
+    def surround(self, y: Tensor) -> Tensor:
+        """The result with as many steps more as the model will take off again."""
         if not (self.before or self.behind):
             return y
-        ends = [(0, 0)] * (joined.dim() - 2)
+        ends = [(0, 0)] * (y.dim() - 2)
         ends[self.time_axis - 2] = (self.before, self.behind)
         return F.pad(y, _flat(ends))
 
     def left(self, x: Tensor, state: Tensor | None) -> Tensor:
         """The state after a call on whole rows that began with ``state`` (``None``: with a fresh start)."""
         before = self.state.fresh(len(x)).to(x.dtype) if state is None else state
-        joined = self.join(x, before)
+        joined = self.join(self.own(x), before)
         return joined.narrow(self.time_axis, joined.shape[self.time_axis] - self.span, self.span)
 
 
@@ -166,8 +172,8 @@ def carrying(convolutions: Sequence[Convolution], states: Mapping[str, Tensor] |
         convolution = by_key.get(key)
         if states is None or convolution is None:
             return None
-        joined = convolution.join(input, states[convolution.state.name])
-        return convolution.convolve(module, joined, weight, bias)
+        joined = convolution.join(convolution.own(input), states[convolution.state.name])
+        return convolution.surround(convolution.convolve(module, joined, weight, bias))
 
     return convolve
 
@@ -202,9 +208,9 @@ def _replace_forward(hoisted: "Hoisted", path: str, by_ordinal: dict[int, Convol
         if convolution is None:
             result: Tensor = own(input, weight, bias)
             return result
-        name = convolution.state.name
-        joined = convolution.join(input, carried.states[name])
-        carried.next[name] = ops.last_steps(joined, carried.lengths, convolution.span, convolution.time_axis)
-        return convolution.convolve(self, joined, weight, bias)
+        name, axis = convolution.state.name, convolution.time_axis
+        joined = convolution.join(hoisted.unfold(convolution.own(input), axis), carried.states[name])
+        carried.next[name] = hoisted.last_steps(joined, convolution.span, axis)
+        return convolution.surround(hoisted.fold(convolution.convolve(self, joined, weight, bias), axis))
 
     module._conv_forward = MethodType(conv_forward, module)

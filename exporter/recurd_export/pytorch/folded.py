@@ -39,6 +39,17 @@ class Folded(Hoisted):
         unfolded = rows.reshape(batch, steps, *rows.shape[1:])
         return unfolded if head.per == "step" else ops.last_step(unfolded, self.carried.lengths, 0, 1)
 
+    def unfold(self, x: Tensor, time_axis: int) -> Tensor:
+        """See :meth:`Hoisted.unfold`."""
+        rows = x.squeeze(time_axis)
+        return rows.reshape(*self.carried.sizes, *rows.shape[1:]).movedim(1, time_axis)
+
+    def fold(self, x: Tensor, time_axis: int) -> Tensor:
+        """See :meth:`Hoisted.fold`."""
+        batch, steps = self.carried.sizes
+        rows = x.movedim(time_axis, 1)
+        return rows.reshape(batch * steps, *rows.shape[2:]).unsqueeze(time_axis)
+
     def replace_forward(self, path: str, recurrences: list[Recurrence]) -> None:
         """See :meth:`Hoisted.replace_forward`."""
         hoisted, module = self, pack(self.model.get_submodule(path))

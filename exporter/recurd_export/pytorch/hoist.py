@@ -97,6 +97,18 @@ class Hoisted(nn.Module):
         found = [tensor for _, tensor in tree.leaves(output)]
         return [found[head.position] for head in self.layout.heads]
 
+    def unfold(self, x: Tensor, time_axis: int) -> Tensor:
+        """All steps of all streams as ``[batch, ..., time, ...]``, as a layer that is not recurrent is given them."""
+        return x
+
+    def fold(self, x: Tensor, time_axis: int) -> Tensor:
+        """The reverse of :meth:`unfold`."""
+        return x
+
+    def last_steps(self, x: Tensor, steps: int, time_axis: int) -> Tensor:
+        """Every row's last steps of ``[batch, ...]``, which has ``steps`` more than the row itself."""
+        return ops.last_steps(x, self.carried.lengths, steps, time_axis)
+
     def replace_forward(self, path: str, recurrences: list[Recurrence]) -> None:
         """Have a module of the copy take its states from :attr:`carried`; ``recurrences`` are its calls, in order."""
         hoisted, module = self, pack(self.model.get_submodule(path))

@@ -47,6 +47,10 @@ class Stepped(Hoisted):
             for head, tensor in zip(self.layout.heads, heads, strict=True)
         ]
 
+    def last_steps(self, x: Tensor, steps: int, time_axis: int) -> Tensor:
+        """See :meth:`Hoisted.last_steps`: those after the first of the steps that are run."""
+        return x.narrow(time_axis, 1, steps)
+
     def replace_forward(self, path: str, recurrences: list[Recurrence]) -> None:
         """See :meth:`Hoisted.replace_forward`."""
         module: Any = self.model.get_submodule(path)

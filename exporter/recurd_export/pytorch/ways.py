@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from recurd_export.errors import ExportError
-from recurd_export.pytorch import tree
+from recurd_export.pytorch import convolutions, tree
 from recurd_export.pytorch.arguments import OTHER_BATCH, STEPS
 from recurd_export.pytorch.blame import mixing_module
 from recurd_export.pytorch.folded import Folded
@@ -59,7 +59,7 @@ def _agrees(hoisted: Hoisted, model: nn.Module, layout: Layout) -> bool:
     run = run_with(model, layout.arguments, x)
     leaves = [tensor for _, tensor in tree.leaves(run.output)]
     expected = [head.arrange(leaves[head.position], OTHER_BATCH, STEPS) for head in layout.heads]
-    left: dict[str, Tensor] = {}
+    left = convolutions.left(layout.convolutions, run, None)
     for recurrence, call in zip(layout.recurrences, run.calls, strict=True):
         left |= recurrence.split(call.left)
     expected += [left[state.name] for state in layout.states]
