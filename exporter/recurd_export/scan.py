@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from recurd.contract import Contract, Head, State
+from recurd.contract import Contract, Head
+from recurd_export import signature
 from recurd_export.embed import Embedding, replace
 from recurd_export.errors import ExportError
 
@@ -103,14 +104,9 @@ class _Builder:
             scan_input_axes=[1, 1],
             scan_output_axes=[1] * len(per_step) or None,
         )
-        inputs = [
-            _info(contract.input.name, contract.input.dtype, ["batch", "time", *contract.input.shape]),
-            _info(contract.lengths, "int32", ["batch"]),
-            *(_state_info(state, state.name) for state in contract.states),
-        ]
-        outputs = [_head_info(head) for head in contract.heads]
-        outputs += [_state_info(state, state.output) for state in contract.states]
-        return helper.make_graph(self._nodes, contract.name, inputs, outputs, self._weights)
+        return helper.make_graph(
+            self._nodes, contract.name, signature.inputs(contract), signature.outputs(contract), self._weights
+        )
 
     def _mask(self) -> str:
         """``[batch, time]``: whether a step is one of its row's own."""
@@ -138,19 +134,19 @@ class _Builder:
         outputs = []
         for state in contract.states:
             kept = self._select(state.output, scope[state.name], active, state.batch_axis, len(state.shape) + 1)
-            outputs.append(_state_info(state, kept))
-        carried = [_row_info(head, f"{self._time}{head.name}.carried") for head in last]
+            outputs.append(signature.state(state, kept))
+        carried = [signature.row(head, f"{self._time}{head.name}.carried") for head in last]
         for head, before in zip(last, carried, strict=True):
-            outputs.append(_row_info(head, self._select(head.name, before.name, active, 0, len(head.shape) + 1)))
+            outputs.append(signature.row(head, self._select(head.name, before.name, active, 0, len(head.shape) + 1)))
         for head in per_step:
             # What a body gives must be made in it, and once; a step may give its own input, or one thing twice.
             now = self._node("Identity", [scope[head.name]], [f"{head.name}.now"])
-            outputs.append(_row_info(head, now))
+            outputs.append(signature.row(head, now))
         body.name = f"{self._time}step"
         body.node.extend(self._nodes)
-        x = _info(scope[contract.input.name], contract.input.dtype, ["batch", *contract.input.shape])
-        states = [_state_info(state, scope[state.name]) for state in contract.states]
-        replace(body.input, [*states, *carried, x, _info(active, "bool", ["batch"])])
+        x = signature.tensor(scope[contract.input.name], contract.input.dtype, ["batch", *contract.input.shape])
+        states = [signature.state(state, scope[state.name]) for state in contract.states]
+        replace(body.input, [*states, *carried, x, signature.tensor(active, "bool", ["batch"])])
         replace(body.output, outputs)
         self._nodes = nodes
 
@@ -176,20 +172,3 @@ class _Builder:
     def _constant(self, name: str, value: Any) -> str:
         self._weights.append(numpy_helper.from_array(np.asarray(value), self._time + name))
         return self._time + name
-
-
-def _info(name: str, dtype: str, shape: Sequence[str | int]) -> ValueInfoProto:
-    return helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(np.dtype(dtype)), shape)
-
-
-def _state_info(state: State, name: str) -> ValueInfoProto:
-    return _info(name, state.dtype, [*state.shape[: state.batch_axis], "batch", *state.shape[state.batch_axis :]])
-
-
-def _row_info(head: Head, name: str) -> ValueInfoProto:
-    return _info(name, head.dtype, ["batch", *head.shape])
-
-
-def _head_info(head: Head) -> ValueInfoProto:
-    axes = ["batch", "time"] if head.per == "step" else ["batch"]
-    return _info(head.name, head.dtype, [*axes, *head.shape])
