@@ -30,6 +30,7 @@ class Entry(NamedTuple):
 
 COMMANDS = {
     "export": Entry("recurd_export.cli:export", "gpu,torch", "Turn a trained model into ONNX with a contract."),
+    "adopt": Entry("recurd_export.adopt.cli:adopt", "gpu", "Give a contract to a stateful ONNX model of others."),
     "verify": Entry("recurd.cli.verify:verify", "gpu", "Check a model file against its own proof."),
     "inspect": Entry("recurd.cli.inspect:inspect", "gpu", "Print a model file's contract."),
     "serve": Entry("recurd.cli.serve:serve", "gpu", "Serve models to live streams."),
@@ -42,6 +43,7 @@ COMMANDS = {
 OPTIONAL = frozenset(
     {
         "keras",
+        "lmdb",
         "matplotlib",
         "onnx",
         "onnxruntime",

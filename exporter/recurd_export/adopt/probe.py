@@ -1,0 +1,265 @@
+"""Runs a foreign model with other numbers of rows and steps, and so finds how it lays out batch and time."""
+
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnxruntime as ort
+from onnx import GraphProto
+
+from recurd_export.adopt.foreign import Foreign, Port, first_line, nodes
+from recurd_export.adopt.hypotheses import CANNOT_SHARE, Hypothesis, hypotheses
+from recurd_export.adopt.initial import initial_values
+from recurd_export.adopt.layout import HeadLayout, Layout, StateLayout
+from recurd_export.adopt.roles import Roles
+from recurd_export.adopt.settings import Adoption
+from recurd_export.errors import ExportError
+
+Array = npt.NDArray[Any]
+#: Rows and steps of the runs; two numbers that nothing else in a model is likely to be.
+ROWS, STEPS = 3, 5
+#: Hypotheses that are tried at most; what is declared puts the right one among the first.
+MOST = 500
+#: Two runs agree when they differ by less of the largest value; layouts that are wrong differ by far more.
+CLOSE = 1e-3
+
+
+class _Stage(IntEnum):
+    """How far a hypothesis got; of those that failed, the one that got furthest is told of."""
+
+    RUN = 0
+    BATCH = 1
+    STATE = 2
+    ROWS = 3
+    HEAD = 4
+    TIME = 5
+
+
+class _Failed(Exception):
+    """A hypothesis does not hold."""
+
+    def __init__(self, stage: _Stage, sentence: str) -> None:
+        super().__init__(sentence)
+        self.stage = stage
+
+
+def find(foreign: Foreign, roles: Roles, adoption: Adoption) -> Layout:
+    """The first layout that holds. Raises :class:`ExportError` that says how far the likeliest ones got."""
+    session = open_session(foreign)
+    furthest: _Failed | None = None
+    for hypothesis in itertools.islice(hypotheses(roles, adoption), MOST):
+        states = initial_values(roles, hypothesis, adoption)
+        try:
+            return _Probe(session, roles, adoption, hypothesis, states).layout()
+        except _Failed as failed:
+            if furthest is None or failed.stage > furthest.stage:
+                furthest = failed
+    assert furthest is not None
+    raise ExportError(f"{foreign.path}: {furthest}") from furthest
+
+
+def open_session(foreign: Foreign) -> ort.InferenceSession:
+    """The model without the sizes it declares, which an example may have left behind.
+
+    Raises :class:`ExportError` when the runtime does not take it.
+    """
+    relaxed = onnx.ModelProto()
+    relaxed.CopyFrom(foreign.proto)
+    _relax(relaxed.graph)
+    for node in nodes(relaxed.graph):
+        for attribute in node.attribute:
+            for inner in (*attribute.graphs, *([attribute.g] if attribute.HasField("g") else ())):
+                _relax(inner)
+    try:
+        return ort.InferenceSession(relaxed.SerializeToString(), quiet(), providers=["CPUExecutionProvider"])
+    except Exception as error:  # the runtime raises its own unexported types
+        raise ExportError(f"{foreign.path}: the runtime does not take it: {what(error)}") from error
+
+
+def quiet() -> ort.SessionOptions:
+    """Options for small runs, some of which fail on purpose."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = 1
+    return options
+
+
+def _relax(graph: GraphProto) -> None:
+    del graph.value_info[:]
+    for value in (*graph.input, *graph.output):
+        for dim in value.type.tensor_type.shape.dim:
+            dim.Clear()
+
+
+def what(error: Exception) -> str:
+    """What the runtime says, without its own source paths."""
+    text = first_line(error)
+    text = text.rpartition("Status Message: ")[2] or text
+    text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", text)
+    return re.sub(r"\S*/\S+:\d+ (?:\S+::)?\S+\(.*?\)(?: const)? ?", "", text).strip() or first_line(error)
+
+
+def feeds(roles: Roles, x: Array, states: Mapping[str, Array], rows: int, steps: int) -> dict[str, Array]:
+    """All inputs of a run; ``x`` and the states in the model's own layout."""
+    given = {roles.input.name: x, **states, **roles.constants}
+    if roles.lengths is not None:
+        given[roles.lengths.name] = np.full(rows, steps, roles.lengths.dtype)
+    return given
+
+
+@dataclass(frozen=True)
+class _Probe:
+    """One hypothesis, put to the test."""
+
+    session: ort.InferenceSession
+    roles: Roles
+    adoption: Adoption
+    hypothesis: Hypothesis
+    states: tuple[StateLayout, ...]
+
+    def layout(self) -> Layout:
+        """The layout, when the hypothesis holds. Raises :class:`_Failed`."""
+        one = self._first_run(1, _Stage.RUN, "the model does not run with one step of one stream")
+        many = self._first_run(ROWS, _Stage.BATCH, f"the batch axis is fixed to 1: {ROWS} rows do not run")
+        heads = [self._head(port, one[port.name], many[port.name]) for port in self.roles.heads]
+        self._check_rows(heads)
+        steps = self._find_time(heads)
+        return Layout(self.hypothesis.input, self.states, tuple(steps or heads), many_steps=steps is not None)
+
+    def _first_run(self, rows: int, stage: _Stage, sentence: str) -> dict[str, Array]:
+        try:
+            found = self._run(self._draw(rows, 1), self._fresh(rows))
+        except Exception as error:  # the runtime raises its own unexported types
+            why = f" ({what(error)}), {CANNOT_SHARE}" if stage is _Stage.BATCH else f": {what(error)}{self._hint()}"
+            raise _Failed(stage, sentence + why) from error
+        for state in self.states:
+            before, after = state.rows(rows), found[state.after.name]
+            if before.shape != after.shape or before.dtype != after.dtype:
+                raise _Failed(
+                    _Stage.STATE,
+                    f"the state '{state.before.name}' is {before.dtype} {list(before.shape)} and its next value "
+                    f"'{state.after.name}' {after.dtype} {list(after.shape)}; a state keeps its type and shape",
+                )
+        return found
+
+    def _hint(self) -> str:
+        return "" if self.adoption.step_shape is not None else "; if a step is larger, give its shape with --step-shape"
+
+    # --- running ---
+
+    def _draw(self, rows: int, steps: int) -> Array:
+        """Random input ``[rows, steps, *shape]``, the same for the same sizes."""
+        layout = self.hypothesis.input
+        random = np.random.default_rng([rows, steps])
+        shape = (rows, steps, *layout.shape)
+        if layout.port.dtype.startswith("float"):
+            return random.standard_normal(shape).astype(layout.port.dtype)
+        return random.integers(0, self.adoption.classes or 1, shape).astype(layout.port.dtype)
+
+    def _fresh(self, rows: int) -> dict[str, Array]:
+        return {state.before.name: state.rows(rows) for state in self.states}
+
+    def _run(self, x: Array, states: Mapping[str, Array]) -> dict[str, Array]:
+        """All outputs of one run; ``x [rows, steps, *shape]``."""
+        rows, steps = x.shape[:2]
+        layout = self.hypothesis.input
+        arranged = x[:, 0] if layout.time_axis is None else x
+        arranged = np.ascontiguousarray(arranged.transpose(layout.permutation))
+        names = [port.name for port in self.roles.heads] + [state.after.name for state in self.states]
+        found = self.session.run(names, feeds(self.roles, arranged, states, rows, steps))
+        return dict(zip(names, found, strict=True))
+
+    def _steps(self, x: Array) -> list[dict[str, Array]]:
+        """The outputs of one run a step, the states carried on."""
+        states, found = self._fresh(len(x)), []
+        for step in range(x.shape[1]):
+            found.append(self._run(x[:, step : step + 1], states))
+            states = {state.before.name: found[-1][state.after.name] for state in self.states}
+        return found
+
+    # --- what is found ---
+
+    def _head(self, port: Port, one: Array, many: Array) -> HeadLayout:
+        axes = [axis for axis, sizes in enumerate(zip(one.shape, many.shape, strict=False)) if sizes[0] != sizes[1]]
+        if one.ndim != many.ndim or len(axes) != 1 or many.shape[axes[0]] != ROWS * one.shape[axes[0]]:
+            raise _Failed(
+                _Stage.HEAD,
+                f"the output '{port.name}' is {list(one.shape)} with one row and {list(many.shape)} with {ROWS}, so "
+                f"no row has its own; leave it out by naming the others with --head",
+            )
+        shape = tuple(np.delete(one.shape, axes[0]).tolist())
+        return HeadLayout(port, one.dtype.name, shape, axes[0], None)
+
+    def _check_rows(self, heads: Sequence[HeadLayout]) -> None:
+        """Two steps of several rows give what the rows give alone."""
+        x = self._draw(ROWS, 2)
+        axes = {head.port.name: head.batch_axis for head in heads}
+        axes |= {state.after.name: state.batch_axis for state in self.states}
+        together = self._steps(x)
+        for row in range(ROWS):
+            for mine, all_rows in zip(self._steps(x[row : row + 1]), together, strict=True):
+                for name, axis in axes.items():
+                    if not _close(mine[name].take(0, axis), all_rows[name].take(row, axis)):
+                        raise _Failed(
+                            _Stage.ROWS, f"what a row gives in '{name}' depends on the other rows, {CANNOT_SHARE}"
+                        )
+
+    def _find_time(self, heads: Sequence[HeadLayout]) -> list[HeadLayout] | None:
+        """The heads with their time axes, when runs of many steps are runs of their steps; ``None`` for one step."""
+        layout = self.hypothesis.input
+        if layout.time_axis is None or self.adoption.context:
+            return None
+        x = self._draw(2, STEPS)
+        try:
+            whole = self._run(x, self._fresh(2))
+        except Exception:  # the axis is there for one step only
+            return None
+        steps = self._steps(x)
+        found = [self._with_time(head, whole[head.port.name], steps[0][head.port.name]) for head in heads]
+        if self._agree(found, whole, steps):
+            return found
+        declared = (layout.port.dims or ())[layout.time_axis]
+        if declared == 1:
+            return None  # the file says itself that a run is one step
+        raise _Failed(
+            _Stage.TIME,
+            f"{STEPS} steps at once do not give what they give one by one, so the model mixes steps along axis "
+            f"{layout.time_axis} of '{layout.port.name}' and cannot be cut into chunks; if a run is meant to take "
+            f"windows of a fixed size, give that with --step-shape",
+        )
+
+    def _with_time(self, head: HeadLayout, whole: Array, one: Array) -> HeadLayout:
+        """The head with the axis that grows with the number of steps, if there is one and the rest stays."""
+        if whole.ndim == one.ndim:
+            grown = [axis for axis in range(one.ndim) if whole.shape[axis] != one.shape[axis]]
+            if len(grown) == 1 and one.shape[grown[0]] == 1 and whole.shape[grown[0]] == STEPS:
+                shape = tuple(size for axis, size in enumerate(one.shape) if axis not in (head.batch_axis, grown[0]))
+                return HeadLayout(head.port, head.dtype, shape, head.batch_axis, grown[0])
+        return head
+
+    def _agree(self, heads: Sequence[HeadLayout], whole: dict[str, Array], steps: Sequence[dict[str, Array]]) -> bool:
+        for state in self.states:
+            if not _close(whole[state.after.name], steps[-1][state.after.name]):
+                return False
+        for head in heads:
+            name = head.port.name
+            if head.time_axis is not None:
+                if not _close(whole[name], np.concatenate([step[name] for step in steps], axis=head.time_axis)):
+                    return False
+            elif whole[name].shape == steps[-1][name].shape and not _close(whole[name], steps[-1][name]):
+                return False
+        return True
+
+
+def _close(one: Array, other: Array) -> bool:
+    if one.shape != other.shape:
+        return False
+    a, b = one.astype(np.float64), other.astype(np.float64)
+    scale = float(np.abs(a).max(initial=0.0, where=np.isfinite(a)))
+    return bool(np.allclose(a, b, rtol=0, atol=CLOSE * scale + np.finfo(np.float32).tiny, equal_nan=True))
