@@ -35,6 +35,7 @@ def export(
     normalize: Any = None,
     precision: str = "float32",
     state_precision: str | None = None,
+    report: str | PathLike[str] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> "Report":
     """Export a trained recurrent model to an ONNX file with a contract, and prove that the file does what it does.
@@ -61,6 +62,7 @@ def export(
         precision: ``float32``; ``float16``: weights, arithmetic and, unless said otherwise, states; or
             ``bfloat16-weights``: half the file, computed in float32. Inputs and heads stay float32.
         state_precision: ``float32`` or ``float16``; as the arithmetic when not given.
+        report: an HTML file to write about the export: one page, nothing else needed to read it.
         progress: is told the name of each stage as it begins.
 
     Returns:
@@ -82,6 +84,7 @@ def export(
         labels={head: tuple(names) for head, names in (labels or {}).items()},
         sample_rate_hz=sample_rate_hz,
     )
-    chosen = options(normalize=normalize, precision=precision, state_precision=state_precision)
+    page = None if report is None else Path(report)
+    chosen = options(normalize=normalize, precision=precision, state_precision=state_precision, page=page)
     source = sources.front_end(model, example, step=step, trust_pickle=trust_pickle)
     return pipeline.export(source, target, facts, progress or (lambda stage: None), chosen)

@@ -67,6 +67,7 @@ def _words(ctx: click.Context, param: click.Parameter, value: str | None) -> tup
 @click.option(
     "--precision", default="float32", show_default=True, metavar="float32|float16|bfloat16-weights", help="Of the file."
 )
+@click.option("--report", type=click.Path(path_type=Path), help="HTML page to write, e.g. pump.html.")
 @click.option("--state-precision", metavar="float32|float16", help="Of the states.  [as the arithmetic]")
 @click.option(
     "--trust-pickle",

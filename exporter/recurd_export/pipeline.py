@@ -16,6 +16,7 @@ from recurd import contract as contracts
 from recurd.contract import Proof
 from recurd.model import Model
 from recurd.verify import RAGGED, RTOL, check_golden
+from recurd_export import page
 from recurd_export.candidate import Candidate
 from recurd_export.errors import ExportError
 from recurd_export.facts import Facts
@@ -43,6 +44,8 @@ def export(source: FrontEnd, path: Path, facts: Facts, progress: Progress, optio
         raise ExportError("the model's name is empty")
     check_target(path)
     options = options or Options()
+    if options.page is not None:
+        page.check_target(options.page, path)
     # What a client sends is float32 whatever the model computes in, so its normalisation comes last, in front.
     candidate = put_in_front(reduce(source(facts, progress), options), options.normalize)
     contract, proto = candidate.contract, candidate.proto
@@ -56,7 +59,7 @@ def export(source: FrontEnd, path: Path, facts: Facts, progress: Progress, optio
     with unpublished(proto, path) as temporary:
         # The very bytes that get the final name, by the daemon's own way of reading them.
         checks.append(hold(check_golden(Model.load(temporary, slots=len(RAGGED), threads=1), proof, len(RAGGED))))
-    return Report(
+    report = Report(
         path=path,
         contract=contract,
         precision=options.precision,
@@ -67,6 +70,9 @@ def export(source: FrontEnd, path: Path, facts: Facts, progress: Progress, optio
         bytes=path.stat().st_size,
         seconds=time.monotonic() - started,
     )
+    if options.page is not None:
+        page.write(options.page, report, proto)
+    return report
 
 
 def _notes(proof: Proof, candidate: Candidate) -> Iterator[str]:

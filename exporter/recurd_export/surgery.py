@@ -3,6 +3,7 @@
 Names are looked up in nested graphs too: a subgraph reads tensors of the graphs around it by name.
 """
 
+import math
 from collections.abc import Callable, Iterator
 
 import onnx
@@ -102,3 +103,8 @@ def unused(graph: onnx.GraphProto) -> Names:
         return found
 
     return name
+
+
+def elements(tensor: onnx.TensorProto) -> int:
+    """Numbers in a tensor."""
+    return math.prod(tensor.dims)
