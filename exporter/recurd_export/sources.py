@@ -61,6 +61,10 @@ def _torch(model: Any, example: Any, step: bool) -> FrontEnd:
     from recurd_export import factory
     from recurd_export.pytorch.front import front
 
+    if step:
+        if example is None:
+            raise ExportUsageError("the module of one step needs an example: one step [batch, ...], and every state")
+        return front(model, example, step=True)
     return front(model, factory.make_example(model, None, None) if example is None else example)
 
 

@@ -75,18 +75,19 @@ class Arguments:
         return torch.randn(shape, generator=generator)
 
 
-def read_example(example: Any) -> tuple[Tensor, tuple[Any, ...]]:
-    """The input tensor and the other arguments of an example, on the CPU.
+def read_example(example: Any, *, of_step: bool = False) -> tuple[Tensor, tuple[Any, ...]]:
+    """The input tensor and the other arguments of an example, on the CPU. ``of_step``: without a time axis.
 
     Raises :class:`ExportError` for a wrong rank or element type.
     """
+    axes = "[batch, ...]" if of_step else "[batch, time, ...]"
     args = tuple(example) if isinstance(example, tuple | list) else (example,)
     if not args or not isinstance(args[0], Tensor):
         found = type(args[0]).__name__ if args else "nothing"
         raise ExportError(
-            f"the example must be a tensor [batch, time, ...], or a tuple of one and states; it is {found}"
+            f"the example must be a tensor {axes}, or a tuple of one and states; it is {found}"
             if not isinstance(example, tuple | list)
-            else f"the example's first argument must be a tensor [batch, time, ...]; it is {found}"
+            else f"the example's first argument must be a tensor {axes}; it is {found}"
         )
     x, *rest = tree.map_leaves(args, lambda tensor: tensor.detach().cpu().clone())
     if x.dtype not in (torch.float32, torch.int64):
@@ -94,8 +95,8 @@ def read_example(example: Any) -> tuple[Tensor, tuple[Any, ...]]:
             f"the example is {_dtype(x)}; an input is float32 (numbers) or int64 (token ids), so convert it with "
             f"{'.long()' if not x.is_floating_point() else '.float()'}"
         )
-    if x.dim() < 2:
-        raise ExportError(f"the example is of rank {x.dim()} {list(x.shape)}; it must be [batch, time, ...]")
+    if x.dim() < (1 if of_step else 2):
+        raise ExportError(f"the example is of rank {x.dim()} {list(x.shape)}; it must be {axes}")
     if 0 in x.shape:
         raise ExportError(f"the example {list(x.shape)} is empty")
     return x, tuple(rest)

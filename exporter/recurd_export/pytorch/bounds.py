@@ -17,7 +17,8 @@ from torch import Tensor, fx
 from recurd_export.errors import ExportError
 from recurd_export.pytorch import convert
 from recurd_export.pytorch.arguments import Arguments
-from recurd_export.pytorch.layout import NO_CLASSES, Layout
+from recurd_export.pytorch.layout import NO_CLASSES
+from recurd_export.pytorch.step_layout import AnyLayout, Found
 from recurd_export.pytorch.steps import describe_node
 from recurd_export.pytorch.traced import Graph
 
@@ -56,7 +57,7 @@ class _Lookup(NamedTuple):
     entries: Any
 
 
-def settle(program: torch.export.ExportedProgram, layout: Layout) -> Layout:
+def settle(program: torch.export.ExportedProgram, layout: Found) -> Found:
     """The layout with the bound of its ids as the graph has it.
 
     Raises :class:`ExportError` for indices that may be out of range and for heads that float32 would change.
@@ -92,7 +93,7 @@ def _check_indices(program: torch.export.ExportedProgram, arguments: Arguments) 
     return classes
 
 
-def _check_casts(program: torch.export.ExportedProgram, layout: Layout, classes: int | None) -> None:
+def _check_casts(program: torch.export.ExportedProgram, layout: AnyLayout, classes: int | None) -> None:
     """Whole numbers that are sent as float32 must survive it."""
     graph = Graph(program)
     ranges = _Ranges(graph, classes)

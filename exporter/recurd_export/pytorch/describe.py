@@ -12,14 +12,15 @@ from recurd.contract import Contract, Head, Source, State
 from recurd.contract import Tensor as Stored
 from recurd_export.errors import ExportError
 from recurd_export.facts import Facts
-from recurd_export.pytorch.layout import Layout
+from recurd_export.pytorch.convolutions import Convolution
 from recurd_export.pytorch.outputs import HeadLayout
 from recurd_export.pytorch.recurrence import Recurrence
 from recurd_export.pytorch.state import StateLayout
+from recurd_export.pytorch.step_layout import AnyLayout, StepLayout
 from recurd_export.report import Layer
 
 
-def describe_model(model: nn.Module, found: Layout, program: torch.export.ExportedProgram, facts: Facts) -> Contract:
+def describe_model(model: nn.Module, found: AnyLayout, program: torch.export.ExportedProgram, facts: Facts) -> Contract:
     """The contract, as yet without hash and proof."""
     facts.check_labels(head.name for head in found.heads)
     outputs: Any = program.graph_module.graph.output_node().args[0]
@@ -62,7 +63,7 @@ def _state(state: StateLayout) -> State:
 
 
 def describe_layer(recurrence: Recurrence) -> Layer:
-    """What the report tells of one call of a recurrent module."""
+    """What the report tells of one call of a recurrent module, or of a cell."""
     return Layer(
         module=recurrence.name,
         kind=recurrence.mode,
@@ -74,7 +75,33 @@ def describe_layer(recurrence: Recurrence) -> Layer:
     )
 
 
-def notes(found: Layout, contract: Contract) -> Iterator[str]:
+def describe_step(model: nn.Module, found: StepLayout) -> Layer:
+    """What the report tells of the states of a module of one step."""
+    return Layer(
+        module=type(model).__name__,
+        kind="step",
+        layers=1,
+        directions=1,
+        hidden=sum(state.initial.size for state in found.states),
+        initial="learned" if any(state.initial.any() for state in found.states) else "zeros",
+        states=tuple(state.name for state in found.states),
+    )
+
+
+def describe_convolution(convolution: Convolution) -> Layer:
+    """What the report tells of one call of a convolution over time."""
+    dilation = f", dilation {convolution.dilation}" if convolution.dilation > 1 else ""
+    return Layer(
+        module=convolution.name,
+        kind=convolution.kind,
+        hidden=convolution.initial.shape[0],
+        shape=f"kernel {convolution.kernel}{dilation}",
+        initial="constant" if convolution.initial.any() else "zeros",
+        states=(convolution.state.name,),
+    )
+
+
+def notes(found: AnyLayout, contract: Contract) -> Iterator[str]:
     """What the caller should know and might not expect."""
     if not contract.causal:
         yield (

@@ -23,6 +23,8 @@ from recurd_export.pytorch.recurrence import Recurrence
 class Folded(Hoisted):
     """As :class:`Hoisted`, for models in which every cell in a loop is a plain recurrence."""
 
+    note = "the loop over time runs fused: a cell is a layer in the file"
+
     def heads(self, input: Tensor) -> list[Tensor]:
         """See :meth:`Hoisted.heads`."""
         batch, steps = self.carried.sizes

@@ -17,20 +17,26 @@ from recurd.contract import Contract
 from recurd.verify import EQUAL, Check, Inputs, Piece, Tolerance, compare, drive
 from recurd_export import pipeline
 from recurd_export.candidate import Candidate
+from recurd_export.errors import ExportError
 from recurd_export.facts import Facts
-from recurd_export.pytorch import bounds, convert, layout, rewrite, steps, trace, ways
-from recurd_export.pytorch.describe import describe_layer, describe_model, notes
+from recurd_export.pytorch import bounds, convert, layout, rewrite, step_layout, steps, trace, ways
+from recurd_export.pytorch.describe import describe_convolution, describe_layer, describe_model, describe_step, notes
+from recurd_export.pytorch.hoist import Hoisted
 from recurd_export.pytorch.reference import Reference, returns_state_arguments
+from recurd_export.pytorch.step_function import StepFunction
+from recurd_export.pytorch.step_layout import Found
+from recurd_export.pytorch.step_reference import StepReference
 from recurd_export.scan import over_time
 
 
-def front(model: nn.Module, example: Any) -> pipeline.FrontEnd:
-    """The front end for one module, which is left as it was."""
+def front(model: nn.Module, example: Any, *, step: bool = False) -> pipeline.FrontEnd:
+    """The front end for one module, which is left as it was. ``step``: its forward is one time step."""
+    candidate = _of_step if step else _candidate
     source = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
 
     def look(facts: Facts, progress: pipeline.Progress) -> Candidate:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
-            return _candidate(source, example, facts, progress)
+            return candidate(source, example, facts, progress)
 
     return look
 
@@ -40,12 +46,7 @@ def _candidate(model: nn.Module, example: Any, facts: Facts, progress: pipeline.
     found = layout.find(model, example)
     progress(pipeline.TRACE)
     hoisted = ways.choose(model, found)
-    with convert.quiet():
-        program = trace.trace(model, hoisted)
-    progress(pipeline.STEPS)
-    rewrite.settle(program)
-    steps.check(program, found)
-    found = bounds.settle(program, found)
+    program, found = _program(model, hoisted, found, progress)
     progress(pipeline.CONVERT)
     contract = describe_model(model, found, program, facts)
     reference = Reference(model, found, contract)
@@ -62,9 +63,43 @@ def _candidate(model: nn.Module, example: Any, facts: Facts, progress: pipeline.
         exact=Reference(model, found, contract, double=True),
         inputs=Inputs(contract.input, None if known is None else known.numpy()),
         more_checks=check_passing,
-        hoisted=tuple(describe_layer(recurrence) for recurrence in found.recurrences),
-        notes=tuple(notes(found, contract)),
+        hoisted=(*map(describe_layer, found.recurrences), *map(describe_convolution, found.convolutions)),
+        notes=(*([hoisted.note] if hoisted.note else []), *notes(found, contract)),
     )
+
+
+def _of_step(model: nn.Module, example: Any, facts: Facts, progress: pipeline.Progress) -> Candidate:
+    progress(pipeline.LOOK)
+    found = step_layout.find(model, example)
+    progress(pipeline.TRACE)
+    step = StepFunction(model, found)
+    program, found = _program(model, step, found, progress)
+    progress(pipeline.CONVERT)
+    contract = describe_model(model, found, program, facts)
+    known = found.arguments.known
+    return Candidate(
+        proto=_convert(program, contract, one_step=True),
+        contract=contract,
+        reference=StepReference(model, found, contract),
+        exact=StepReference(model, found, contract, double=True),
+        inputs=Inputs(contract.input, None if known is None else known.numpy()),
+        hoisted=(describe_step(model, found),),
+        notes=(step.note, *notes(found, contract)),
+    )
+
+
+def _program(
+    model: nn.Module, hoisted: Hoisted | StepFunction, found: Found, progress: pipeline.Progress
+) -> tuple[torch.export.ExportedProgram, Found]:
+    """The model as a graph that works step by step, and the layout with what only the graph tells."""
+    with convert.quiet():
+        program = trace.trace(model, hoisted)
+    progress(pipeline.STEPS)
+    rewrite.settle(program)
+    steps.check(program, found)
+    if not found.states:
+        raise ExportError(layout.no_state(model))
+    return program, bounds.settle(program, found)
 
 
 def _convert(program: torch.export.ExportedProgram, contract: Contract, one_step: bool) -> onnx.ModelProto:

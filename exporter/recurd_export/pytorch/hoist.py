@@ -40,6 +40,8 @@ class Hoisted(nn.Module):
 
     #: Whether it is one step instead: ``(input [batch, ...], *states) -> (*heads, *next states)``.
     one_step = False
+    #: What the caller should know of it.
+    note = ""
 
     def __init__(self, model: nn.Module, layout: Layout) -> None:
         super().__init__()
@@ -107,7 +109,8 @@ class Hoisted(nn.Module):
 
     def last_steps(self, x: Tensor, steps: int, time_axis: int) -> Tensor:
         """Every row's last steps of ``[batch, ...]``, which has ``steps`` more than the row itself."""
-        return ops.last_steps(x, self.carried.lengths, steps, time_axis)
+        last: Tensor = ops.last_steps(x, self.carried.lengths, steps, time_axis)
+        return last
 
     def replace_forward(self, path: str, recurrences: list[Recurrence]) -> None:
         """Have a module of the copy take its states from :attr:`carried`; ``recurrences`` are its calls, in order."""

@@ -17,8 +17,9 @@ from recurd_export.errors import ExportError
 from recurd_export.pytorch import tree
 from recurd_export.pytorch.arguments import BATCH, OTHER_BATCH, OTHER_STEPS, STEPS, Arguments, read_example
 from recurd_export.pytorch.conduct import check_repeatable, is_choosy
-from recurd_export.pytorch.convolutions import Convolution
+from recurd_export.pytorch.convolutions import Convolution, check_sizes
 from recurd_export.pytorch.convolutions import find as find_convolutions
+from recurd_export.pytorch.convolved import KINDS
 from recurd_export.pytorch.fresh import run_with
 from recurd_export.pytorch.kept import find_kept
 from recurd_export.pytorch.outputs import HeadLayout, find_outputs
@@ -76,9 +77,10 @@ def find(model: nn.Module, example: Any) -> Layout:
     first = _first_run(model, x, rest)
     _check_state_arguments(model, x, rest)
     arguments = Arguments(
-        x, rest, kept=find_kept(model, (x, *rest)), drawn=is_choosy(model, x, rest), classes=_classes(x, first)
+        x, rest, kept=find_kept(model, (x, *rest)), drawn=is_choosy(model, x, rest), classes=find_classes(x, first)
     )
-    arguments, run = _orient(model, arguments, first.calls[0].batch)
+    batch = first.calls[0].batch if first.calls else first.convolutions[0].input.shape[0]
+    arguments, run = _orient(model, arguments, batch)
     check_repeatable(model, arguments)
     runs = [
         run,
@@ -98,21 +100,32 @@ def find(model: nn.Module, example: Any) -> Layout:
 def check_modules(model: nn.Module) -> None:
     """Refuse, with :class:`ExportError`, models without a recurrent layer or with one that cannot be exported."""
     layers = [(path, m) for path, m in model.named_modules() if isinstance(m, nn.RNNBase)]
-    if not layers and not any(isinstance(m, nn.RNNCellBase) for m in model.modules()):
-        raise ExportError(
-            f"no recurrent layer (nn.LSTM, nn.GRU, nn.RNN) and no cell was found in {type(model).__name__}; a module "
-            f"whose forward is one step, (x, state...) -> (y, state...), is exported with step=True"
-        )
+    if not layers and not any(isinstance(m, (nn.RNNCellBase, *KINDS)) for m in model.modules()):
+        raise ExportError(no_state(model))
     for path, module in layers:
         if type(module).forward is not _CLASSES[module.mode].forward and not hasattr(module, "onnx_options"):
             raise ExportError(
                 f"{label(path, module)} is a subclass of nn.{_CLASSES[module.mode].__name__} with a forward of its "
                 f"own, which cannot be looked into; keep the layer as an attribute instead"
             )
+    check_parameters(model)
+
+
+def check_parameters(model: nn.Module) -> None:
+    """Refuse, with :class:`ExportError`, weights of another type than float32."""
     for path, parameter in model.named_parameters():
         if parameter.is_floating_point() and parameter.dtype != torch.float32:
             kind = str(parameter.dtype).removeprefix("torch.")
             raise ExportError(f"parameter '{path}' is {kind}; a model is exported in float32, so call .float() on it")
+
+
+def no_state(model: nn.Module) -> str:
+    """In words: nothing in a model goes from step to step."""
+    return (
+        f"no recurrent layer (nn.LSTM, nn.GRU, nn.RNN), no cell and no convolution over time was found in "
+        f"{type(model).__name__}; a module whose forward is one step, (x, state...) -> (y, state...), is exported "
+        f"with step=True"
+    )
 
 
 def _first_run(model: nn.Module, x: Tensor, rest: tuple[Any, ...]) -> Run:
@@ -120,7 +133,7 @@ def _first_run(model: nn.Module, x: Tensor, rest: tuple[Any, ...]) -> Run:
         run = watch(copy_of(model), (x.clone(), *rest))
     except ForwardError as error:
         raise ExportError(_example_trouble(x, error)) from error.error
-    if not run.calls:
+    if not (run.calls or run.convolutions):
         raise ExportError(f"{type(model).__name__} has recurrent layers, but its forward calls none of them")
     return run
 
@@ -167,7 +180,7 @@ def _batch_axes(state: Tensor, batch: int) -> list[int]:
     return sorted((axis for axis, size in enumerate(state.shape) if size == batch), key=lambda a: a != state.dim() - 2)
 
 
-def _classes(x: Tensor, run: Run) -> int | None:
+def find_classes(x: Tensor, run: Run) -> int | None:
     """How many ids there are, as far as a run shows it (``bounds`` reads it from the graph)."""
     if x.is_floating_point():
         return None
@@ -179,7 +192,9 @@ def _classes(x: Tensor, run: Run) -> int | None:
 def _check_sizes(model: nn.Module, run: Run) -> None:
     """Every recurrent layer must see the model's own batch and steps."""
     seen = {(call.batch, call.steps): call for call in run.calls}
-    if seen.keys() == {(BATCH, STEPS)}:
+    if not seen:
+        check_sizes(run.convolutions)
+    if not seen or seen.keys() == {(BATCH, STEPS)}:
         return
     if {(BATCH, STEPS), (STEPS, BATCH)} <= seen.keys():
         raise ExportError(

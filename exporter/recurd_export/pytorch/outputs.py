@@ -57,16 +57,16 @@ def find_outputs(
     if len(states) == len(paths):
         states = ()  # a model that gives nothing but its states means them as its output
     positions = [position for position in range(len(paths)) if position not in states]
-    names = _names([paths[position] for position in positions], taken)
+    names = head_names([paths[position] for position in positions], taken)
     heads = []
     for name, position in zip(names, positions, strict=True):
         tensors = [leaves[position][1] for leaves in found]
         head = _axes(name, position, [tuple(tensor.shape) for tensor in tensors], runs[0])
         heads.append(_order(model, arguments, head, tensors[0]) if head.outer else head)
-    return _of_one_type(heads, [tensor.dtype for _, tensor in found[0]]), states
+    return of_one_type(heads, [tensor.dtype for _, tensor in found[0]]), states
 
 
-def _of_one_type(heads: Sequence[HeadLayout], dtypes: Sequence[torch.dtype]) -> tuple[HeadLayout, ...]:
+def of_one_type(heads: Sequence[HeadLayout], dtypes: Sequence[torch.dtype]) -> tuple[HeadLayout, ...]:
     """The heads, whole numbers beside float32 being sent as float32. Raises :class:`ExportError` for other mixtures."""
     kinds = {dtypes[head.position] for head in heads}
     if len(kinds) == 1:
@@ -85,7 +85,7 @@ def _returned_states(arguments: Arguments, run: Run, tensors: Sequence[Tensor]) 
     """Positions of returned tensors that are states: equal to a layer's, or an argument's new value."""
     left = [state for call in run.calls for state in call.left]
     shapes = _argument_shapes(arguments)
-    values = torch.cat([state.flatten() for state in left])
+    values = torch.cat([state.flatten() for state in left] or [torch.zeros(0)])
     return tuple(
         position
         for position, tensor in enumerate(tensors)
@@ -112,7 +112,7 @@ def _check_states_returned(arguments: Arguments, states: Sequence[int], tensors:
             )
 
 
-def _names(paths: Sequence[tree.Path], taken: set[str]) -> list[str]:
+def head_names(paths: Sequence[tree.Path], taken: set[str]) -> list[str]:
     """Head names: dictionary keys and field names, else ``output``, ``output_1``, ..."""
     names: list[str] = []
     for number, path in enumerate(paths):

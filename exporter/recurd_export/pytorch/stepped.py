@@ -6,6 +6,7 @@ the first step is what its second call is given. What only the second step gives
 traced graph.
 """
 
+from collections.abc import Sequence
 from types import MethodType
 from typing import Any
 
@@ -21,8 +22,9 @@ class Stepped(Hoisted):
     """``(input [batch, ...], *states) -> (*heads, *next states)`` around a copy of the model: one step of it."""
 
     one_step = True
+    note = "the model runs step by step (Scan), which is slower than fused layers"
 
-    def forward(self, input: Tensor, *states: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+    def forward(self, input: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
         """See the class."""
         plain = all(recurrence.plain for recurrence in self.layout.recurrences)
         has_last = any(head.per == "last" for head in self.layout.heads)
@@ -82,40 +84,70 @@ class Stepped(Hoisted):
             carried = hoisted.carried
             recurrence = recurrences[carried.calls[path]]
             carried.calls[path] += 1
-            time_axis = 1 if self.batch_first else 0
-            states = [
-                tuple(carried.states[name].squeeze(0) for name in recurrence.state_names(layer))
-                for layer in range(self.num_layers)
-            ]
+            names = [recurrence.state_names(layer) for layer in range(self.num_layers)]
+            states = [tuple(carried.states[name].squeeze(0) for name in of_layer) for of_layer in names]
             outputs = []
-            for number, x in enumerate(input.unbind(time_axis)):
-                for layer, given in enumerate(states):
-                    states[layer] = _step(self, recurrence.mode, layer, x, given)
-                    x = states[layer][0]
-                    if number == 0:
-                        left = (state.unsqueeze(0) for state in states[layer])
-                        carried.next |= dict(zip(recurrence.state_names(layer), left, strict=True))
-                outputs.append(x)
-            return torch.stack(outputs, time_axis), _pair([torch.stack(part) for part in zip(*states, strict=True)])
+            for number, x in enumerate(input.unbind(1 if self.batch_first else 0)):
+                y, states = _layers(self, x, states)
+                outputs.append(y)
+                if number == 0:
+                    for of_layer, left in zip(names, states, strict=True):
+                        carried.next |= dict(zip(of_layer, (state.unsqueeze(0) for state in left), strict=True))
+            return _joined(self, outputs, states)
 
         return MethodType(forward, module)
 
 
-def _step(module: nn.RNNBase, mode: str, layer: int, x: Tensor, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def unroll(module: nn.RNNBase) -> None:
+    """Have a layer of one direction run by plain operators over as many steps as it is traced with."""
+
+    def forward(self: Any, input: Tensor, hx: Any = None) -> tuple[Tensor, Any]:
+        steps = input.unbind(1 if self.batch_first else 0)
+        if hx is None:
+            sizes = (self.proj_size or self.hidden_size, self.hidden_size)[: 2 if self.mode == "LSTM" else 1]
+            hx = tuple(steps[0].new_zeros(self.num_layers, steps[0].shape[0], size) for size in sizes)
+        states = list(zip(*(part.unbind(0) for part in _parts(hx)), strict=True))
+        outputs = []
+        for x in steps:
+            y, states = _layers(self, x, states)
+            outputs.append(y)
+        return _joined(self, outputs, states)
+
+    module.forward = MethodType(forward, module)
+
+
+def _layers(
+    module: nn.RNNBase, x: Tensor, states: Sequence[tuple[Tensor, ...]]
+) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
+    """One step of all layers: the last one's output, and the states of each."""
+    left = []
+    for layer, given in enumerate(states):
+        left.append(_step(module, layer, x, given))
+        x = left[-1][0]
+    return x, left
+
+
+def _joined(module: nn.RNNBase, outputs: list[Tensor], states: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, Any]:
+    """Outputs and states as the layer itself gives them."""
+    stacked = [torch.stack(parts) for parts in zip(*states, strict=True)]
+    return torch.stack(outputs, 1 if module.batch_first else 0), _pair(stacked)
+
+
+def _step(module: nn.RNNBase, layer: int, x: Tensor, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """One step of a layer, by torch's formulas."""
     weights = [getattr(module, f"{name}_l{layer}") for name in ("weight_ih", "weight_hh")]
     biases = [getattr(module, f"{name}_l{layer}") if module.bias else None for name in ("bias_ih", "bias_hh")]
     of_x, of_h = (F.linear(value, w, b) for value, w, b in zip((x, given[0]), weights, biases, strict=True))
-    if mode == "LSTM":
+    if module.mode == "LSTM":
         i, f, g, o = (of_x + of_h).chunk(4, dim=1)
         c = torch.sigmoid(f) * given[1] + torch.sigmoid(i) * torch.tanh(g)
         h = torch.sigmoid(o) * torch.tanh(c)
         return (F.linear(h, getattr(module, f"weight_hr_l{layer}")) if module.proj_size else h), c
-    if mode == "GRU":
+    if module.mode == "GRU":
         (xr, xz, xn), (hr, hz, hn) = of_x.chunk(3, dim=1), of_h.chunk(3, dim=1)
         z = torch.sigmoid(xz + hz)
         return ((1 - z) * torch.tanh(xn + torch.sigmoid(xr + hr) * hn) + z * given[0],)
-    return (torch.tanh(of_x + of_h) if mode == "RNN_TANH" else torch.relu(of_x + of_h),)
+    return (torch.tanh(of_x + of_h) if module.mode == "RNN_TANH" else torch.relu(of_x + of_h),)
 
 
 def _pair(states: list[Tensor]) -> Any:

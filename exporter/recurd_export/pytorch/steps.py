@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from recurd_export.errors import ExportError
-from recurd_export.pytorch.layout import Layout
+from recurd_export.pytorch.step_layout import AnyLayout
 from recurd_export.pytorch.traced import Graph
 
 #: What two runs may differ by: absolute, and relative to the largest value compared.
@@ -46,7 +46,7 @@ _REASONS = {
 }
 
 
-def check(program: torch.export.ExportedProgram, layout: Layout) -> None:
+def check(program: torch.export.ExportedProgram, layout: AnyLayout) -> None:
     """Run the graph whole and in chunks, padded and alone; that of one step with other rows and alone.
 
     Raises :class:`ExportError` naming what mixes steps or rows.
@@ -60,12 +60,12 @@ def check(program: torch.export.ExportedProgram, layout: Layout) -> None:
         check_all(graph, layout)
 
 
-def _check_all(graph: Graph, layout: Layout) -> None:
+def _check_all(graph: Graph, layout: AnyLayout) -> None:
     _check_chunks(graph, layout)
     _check_rows(graph, layout)
 
 
-def _check_chunks(graph: Graph, layout: Layout) -> None:
+def _check_chunks(graph: Graph, layout: AnyLayout) -> None:
     cuts, batch = (0, 4, 5, 11), 3
     x = layout.arguments.random(batch, cuts[-1], 10)
     states = [state.fresh(batch) for state in layout.states]
@@ -92,7 +92,7 @@ def _check_chunks(graph: Graph, layout: Layout) -> None:
         )
 
 
-def _check_rows(graph: Graph, layout: Layout) -> None:
+def _check_rows(graph: Graph, layout: AnyLayout) -> None:
     lengths = (5, 11, 8)
     x = layout.arguments.random(len(lengths), max(lengths), 11)
     states = [state.fresh(len(lengths)) for state in layout.states]
@@ -129,7 +129,7 @@ def _check_rows(graph: Graph, layout: Layout) -> None:
         )
 
 
-def _check_one_step(graph: Graph, layout: Layout) -> None:
+def _check_one_step(graph: Graph, layout: AnyLayout) -> None:
     batch, steps = 3, 4
     x = layout.arguments.random(batch, steps, 12)
     states = [state.fresh(batch) for state in layout.states]
@@ -145,7 +145,7 @@ def _check_one_step(graph: Graph, layout: Layout) -> None:
         states = [together[node.name] for node in _outputs(graph)[len(layout.heads) :]]
 
 
-def _row_of_step(graph: Graph, layout: Layout, x: Tensor, states: list[Tensor], row: int) -> dict[str, Any]:
+def _row_of_step(graph: Graph, layout: AnyLayout, x: Tensor, states: list[Tensor], row: int) -> dict[str, Any]:
     of_row = [s.narrow(found.batch_axis, row, 1) for s, found in zip(states, layout.states, strict=True)]
     return graph.run(x[row : row + 1], None, of_row, causal=True)
 

@@ -14,13 +14,14 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from recurd_export.errors import ExportError
 from recurd_export.pytorch.blame import mixing_module
 from recurd_export.pytorch.hoist import Hoisted
+from recurd_export.pytorch.step_function import StepFunction
 from recurd_export.pytorch.watch import first_line
 
 #: Sizes that a condition on them is tried with.
 _SIZES = (1, 2, 3, 4, 7, 16, 20, 31, 64, 100, 1000, 4097, 10**6)
 
 
-def trace(model: nn.Module, hoisted: Hoisted) -> ExportedProgram:
+def trace(model: nn.Module, hoisted: Hoisted | StepFunction) -> ExportedProgram:
     """The program ``(input, lengths, *states) -> (*heads, *next states)`` of a model that was hoisted.
 
     That of one step has no ``lengths``.
@@ -43,10 +44,10 @@ def trace(model: nn.Module, hoisted: Hoisted) -> ExportedProgram:
     raise _refusal(model, hoisted, first, conditions) from first
 
 
-def _refusal(model: nn.Module, hoisted: Hoisted, error: Exception, conditions: list[str]) -> ExportError:
+def _refusal(model: nn.Module, hoisted: Hoisted | StepFunction, error: Exception, conditions: list[str]) -> ExportError:
     if isinstance(error, ExportError):
         return error
-    layer = mixing_module(model, hoisted.layout)
+    layer = None if isinstance(hoisted, StepFunction) else mixing_module(model, hoisted.layout)
     if layer is not None:
         return ExportError(f"{layer} mixes time steps, so results would depend on how a stream is cut into chunks")
     if isinstance(error, GuardOnDataDependentSymNode):
@@ -62,7 +63,7 @@ def _refusal(model: nn.Module, hoisted: Hoisted, error: Exception, conditions: l
     )
 
 
-def _trace(hoisted: Hoisted, batch: Any, time: Any, *, strict: bool = False) -> ExportedProgram:
+def _trace(hoisted: Hoisted | StepFunction, batch: Any, time: Any, *, strict: bool = False) -> ExportedProgram:
     args, dynamic = hoisted.example(batch, time)
     with contextlib.redirect_stderr(io.StringIO()):  # a failed trace prints its graph; the error says what is wrong
         return torch.export.export(hoisted, args, dynamic_shapes=dynamic, strict=strict)
