@@ -10,14 +10,17 @@ from recurd_export.drift import Drift
 
 
 class Layer(msgspec.Struct, frozen=True, kw_only=True):
-    """One recurrent module (or one of its calls) whose states were hoisted."""
+    """One recurrent module or convolution over time (or one of its calls) whose states were hoisted."""
 
     module: str
     kind: str
-    layers: int
-    directions: int
+    layers: int = 1
+    directions: int = 1
+    #: Elements of a step of its state.
     hidden: int
-    #: ``zeros`` or ``learned`` (constant, or computed from parameters; its values are in the contract).
+    #: In words, where it is no stack of recurrent layers.
+    shape: str = ""
+    #: ``zeros``, ``learned`` or ``constant`` (a value, or computed from parameters; its values are in the contract).
     initial: str
     states: tuple[str, ...]
 
@@ -70,6 +73,7 @@ def _per(per: str) -> str:
 
 def _describe(layer: Layer) -> str:
     stack = f"{layer.layers} layer{'s' if layer.layers > 1 else ''} of {layer.hidden}"
+    stack = layer.shape or stack
     both = ", both directions" if layer.directions == 2 else ""
     return f"{layer.module} ({layer.kind}, {stack}{both}), initial {layer.initial}: {', '.join(layer.states)}"
 

@@ -17,13 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from recurd_export.errors import ExportError
 from recurd_export.pytorch.arguments import BATCH, OTHER_BATCH, OTHER_STEPS, STEPS
 from recurd_export.pytorch.convolved import Convolve, Convolved, Key
 from recurd_export.pytorch.state import StateLayout
+from recurd_export.pytorch.watch import Run, label
 
 if TYPE_CHECKING:
     from recurd_export.pytorch.hoist import Hoisted
-    from recurd_export.pytorch.watch import Run
 
 _FUNCTIONS: dict[int, Any] = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 
@@ -96,7 +97,7 @@ class Convolution:
         return joined.narrow(self.time_axis, joined.shape[self.time_axis] - self.span, self.span)
 
 
-def find(runs: "Sequence[Run]") -> tuple[Convolution, ...]:
+def find(runs: Sequence[Run]) -> tuple[Convolution, ...]:
     """The convolutions to be carried on. ``runs`` are those of :func:`recurd_export.pytorch.layout.find`.
 
     Those that look ahead, and those along other axes than time, are left alone.
@@ -164,6 +165,19 @@ def _with_size(x: Tensor, axis: int, size: int) -> tuple[int, ...]:
     return (*x.shape[:axis], size, *x.shape[axis + 1 :])
 
 
+def check_sizes(calls: Sequence[Convolved]) -> None:
+    """One of the convolutions must see the batch of the probes, and their steps, as it would be over time.
+
+    Raises :class:`ExportError`.
+    """
+    shapes = [call.input.shape for call in calls]
+    if not any(shape[0] == BATCH and any(size >= STEPS for size in shape[2:]) for shape in shapes):
+        raise ExportError(
+            f"{label(calls[0].path, calls[0].module)} is given {list(shapes[0])} where the model was given a batch of "
+            f"{BATCH} and {STEPS} steps; each of its rows must be one stream, [batch, channels, time]"
+        )
+
+
 def carrying(convolutions: Sequence[Convolution], states: Mapping[str, Tensor] | None) -> Convolve:
     """Makes the source model's own convolutions start from states by name; with ``None`` from their own padding."""
     by_key = {convolution.key: convolution for convolution in convolutions}
@@ -178,7 +192,7 @@ def carrying(convolutions: Sequence[Convolution], states: Mapping[str, Tensor] |
     return convolve
 
 
-def left(convolutions: Sequence[Convolution], run: "Run", states: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+def left(convolutions: Sequence[Convolution], run: Run, states: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
     """States by name after a run of the source model that began with ``states`` (``None``: with a fresh start)."""
     calls = {call.key: call for call in run.convolutions}
     found = {}
