@@ -69,6 +69,7 @@ def _words(ctx: click.Context, param: click.Parameter, value: str | None) -> tup
 )
 @click.option("--report", type=click.Path(path_type=Path), help="HTML page to write, e.g. pump.html.")
 @click.option("--state-precision", metavar="float32|float16", help="Of the states.  [as the arithmetic]")
+@click.option("--step", is_flag=True, help="The module's forward is one step: (x, state...) -> (y, state...).")
 @click.option(
     "--trust-pickle",
     is_flag=True,
@@ -88,7 +89,7 @@ def export(target: str, out: Path, **options: Any) -> None:
     loading = {name: options.pop(name) for name in ("weights", "example", "dtype", "trust_pickle")}
     with _bar() as bar:
         stages = _Stages(bar)
-        model, example = _load(target, **loading)
+        model, example = _load(target, **loading, step=options["step"])
         report = run(model, example, out, version=version, labels=labels, progress=stages, **options)
         stages.finish()
     if as_json:
@@ -97,7 +98,9 @@ def export(target: str, out: Path, **options: Any) -> None:
         click.echo(report)
 
 
-def _load(target: str, weights: Path | None, example: Any, dtype: str | None, trust_pickle: bool) -> tuple[Any, Any]:
+def _load(
+    target: str, weights: Path | None, example: Any, dtype: str | None, trust_pickle: bool, step: bool
+) -> tuple[Any, Any]:
     """The model that was named, and an example for it; for a Keras file its path, as it says itself what it takes."""
     from recurd_export import factory as factories
     from recurd_export import sources
@@ -116,6 +119,10 @@ def _load(target: str, weights: Path | None, example: Any, dtype: str | None, tr
         from recurd_export.pytorch.files import load_weights
 
         load_weights(model, weights)
+    if step and (example is not None or dtype is not None or given is None):
+        raise ExportUsageError(
+            "--step needs a factory that gives the module and an example (x, state...); a shape does not say its states"
+        )
     if example is not None or given is None:
         given = factories.make_example(model, example, dtype)
     return model, given

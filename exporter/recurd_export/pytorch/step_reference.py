@@ -13,7 +13,7 @@ from recurd_export.errors import ExportError
 from recurd_export.pytorch import tree
 from recurd_export.pytorch.state import join_rows, take_row
 from recurd_export.pytorch.step_layout import StepLayout
-from recurd_export.pytorch.watch import ForwardError, copy_of, watch
+from recurd_export.pytorch.watch import copy_of, first_line
 
 Array = npt.NDArray[Any]
 
@@ -67,9 +67,10 @@ class StepReference:
         for step in torch.from_numpy(np.ascontiguousarray(x)).unbind(1):
             args = self._layout.given(self._cast(step), [states[name] for name in names])
             try:
-                output = watch(self._model, args).output
-            except ForwardError as error:
-                raise ExportError(f"the module's forward of one step fails in {error}") from error
+                with torch.no_grad():
+                    output = self._model(*args)
+            except Exception as error:  # a module may raise anything
+                raise ExportError(f"the module's forward of one step fails: {first_line(error)}") from error
             found = [tensor for _, tensor in tree.leaves(output)]
             heads.append([head.arrange(found[head.position], len(x), 1) for head in self._layout.heads])
             states = dict(zip(names, (found[place] for place in self._layout.returned), strict=True))
