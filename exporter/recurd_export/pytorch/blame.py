@@ -52,5 +52,8 @@ def _differs(whole: Tensor, parts: Sequence[Tensor]) -> bool:
         if size == STEPS and [part.shape[axis] for part in parts] == steps:
             joined = torch.cat(list(parts), axis)
             return whole.shape != joined.shape or not torch.allclose(whole, joined, 1e-4, 1e-5, equal_nan=True)
+        more = size - STEPS
+        if more > 0 and [part.shape[axis] - more for part in parts] == steps:
+            return False  # padded steps are among them, which are not the same in every chunk
     last = parts[-1]
     return whole.shape != last.shape or not torch.allclose(whole, last, 1e-4, 1e-5, equal_nan=True)

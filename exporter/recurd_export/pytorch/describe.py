@@ -13,6 +13,7 @@ from recurd.contract import Tensor as Stored
 from recurd_export.errors import ExportError
 from recurd_export.facts import Facts
 from recurd_export.pytorch.convolutions import Convolution
+from recurd_export.pytorch.layout import Layout
 from recurd_export.pytorch.outputs import HeadLayout
 from recurd_export.pytorch.recurrence import Recurrence
 from recurd_export.pytorch.state import StateLayout
@@ -99,6 +100,16 @@ def describe_convolution(convolution: Convolution) -> Layer:
         initial="constant" if convolution.initial.any() else "zeros",
         states=(convolution.state.name,),
     )
+
+
+def convolution_notes(found: Layout) -> Iterator[str]:
+    """What the caller should know of a model that its own callers may run in chunks, with convolutions in it."""
+    if found.convolutions and (found.arguments.state_axes or found.arguments.kept):
+        names = ", ".join(f"'{convolution.name}'" for convolution in found.convolutions)
+        yield (
+            f"called chunk by chunk, the model itself pads every chunk anew (convolution {names}); the exported file "
+            f"goes on with the last inputs of the chunk before, as the model does within one call"
+        )
 
 
 def notes(found: AnyLayout, contract: Contract) -> Iterator[str]:

@@ -20,7 +20,14 @@ from recurd_export.candidate import Candidate
 from recurd_export.errors import ExportError
 from recurd_export.facts import Facts
 from recurd_export.pytorch import bounds, convert, layout, rewrite, step_layout, steps, trace, ways
-from recurd_export.pytorch.describe import describe_convolution, describe_layer, describe_model, describe_step, notes
+from recurd_export.pytorch.describe import (
+    convolution_notes,
+    describe_convolution,
+    describe_layer,
+    describe_model,
+    describe_step,
+    notes,
+)
 from recurd_export.pytorch.hoist import Hoisted
 from recurd_export.pytorch.reference import Reference, returns_state_arguments
 from recurd_export.pytorch.step_function import StepFunction
@@ -64,7 +71,7 @@ def _candidate(model: nn.Module, example: Any, facts: Facts, progress: pipeline.
         inputs=Inputs(contract.input, None if known is None else known.numpy()),
         more_checks=check_passing,
         hoisted=(*map(describe_layer, found.recurrences), *map(describe_convolution, found.convolutions)),
-        notes=(*([hoisted.note] if hoisted.note else []), *notes(found, contract)),
+        notes=(*([hoisted.note] if hoisted.note else []), *notes(found, contract), *convolution_notes(found)),
     )
 
 

@@ -89,6 +89,7 @@ def _check_chunks(graph: Graph, layout: AnyLayout) -> None:
     if node is not None:
         raise ExportError(
             f"{describe_node(node)} {_reason(node)}, so results would depend on how a stream is cut into chunks"
+            f"{_advice(node)}"
         )
 
 
@@ -194,6 +195,13 @@ def _first(graph: Graph, differs: Callable[[fx.Node], bool]) -> fx.Node | None:
 def _reason(node: fx.Node) -> str:
     name = _name(node)
     return next((reason for part, reason in _REASONS.items() if part in name), "mixes time steps")
+
+
+def _advice(node: fx.Node) -> str:
+    """What would make a convolution one that can be carried on."""
+    if _name(node) not in ("conv1d", "conv2d", "conv3d"):
+        return ""
+    return "; pad it on the left only, with (kernel - 1) * dilation constant steps, and it can be exported"
 
 
 def _name(node: fx.Node) -> str:

@@ -6,7 +6,7 @@ forward writes) and copies everything else (which stateful models do write).
 
 import copy
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -164,15 +164,25 @@ def _joined(calls: list[Call]) -> tuple[Call, ...]:
 
 
 def shape_changer(run: Run, steps: int) -> str | None:
-    """In words: the first layer that was given something of ``steps`` steps and gave something without; or ``None``."""
-    for passage in run.passages:
+    """In words: the first layer that was given something of ``steps`` steps and gave something without; or ``None``.
+
+    One that adds steps which are taken off again, as padding is, does not count.
+    """
+    for number, passage in enumerate(run.passages):
         results = [list(output.shape) for output in passage.outputs]
         if results and any(steps in shape for shape in passage.inputs) and not any(steps in shape for shape in results):
+            later = (shape for other in run.passages[number + 1 :] for shape in other.inputs)
+            if _grows(passage.inputs[0], results[0], steps) and any(steps in shape for shape in later):
+                continue
             return (
                 f"{passage.layer} changes the number of time steps ({list(passage.inputs[0])} into {results[0]}), so "
                 f"chunks of a stream would not fit together"
             )
     return None
+
+
+def _grows(before: Sequence[int], after: Sequence[int], steps: int) -> bool:
+    return any(was == steps < now for was, now in zip(before, after, strict=False))
 
 
 class _Recorder:
