@@ -95,10 +95,12 @@ def _checked(mean: Any, std: Any) -> Affine:
         values = np.array(mean, np.float64), np.array(std, np.float64)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ExportUsageError("normalize: mean and std must be numbers or arrays of one step's shape") from error
-    for what, array in zip(("mean", "std"), values, strict=True):
-        if not np.isfinite(array.astype(np.float32)).all():
+    with np.errstate(over="ignore"):
+        singles = [array.astype(np.float32) for array in values]
+    for what, array in zip(("mean", "std"), singles, strict=True):
+        if not np.isfinite(array).all():
             raise ExportUsageError(f"normalize: the {what} is not finite in float32 everywhere")
-    if not (values[1].astype(np.float32) > 0).all():
+    if not (singles[1] > 0).all():
         raise ExportUsageError("normalize: a std is zero or negative; a feature that never varies takes 1")
     return Affine(*values)
 
