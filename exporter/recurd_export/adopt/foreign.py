@@ -59,11 +59,10 @@ def load(path: Path) -> Foreign:
     if size > MAX_BYTES:
         raise ExportError(f"{path}: holds {size / 2**30:.1f} GiB; an ONNX file with weights inside holds 2 GiB")
     try:
-        onnx.checker.check_model(proto)
-    except onnx.checker.ValidationError as error:
-        raise ExportError(f"{path}: not a valid ONNX model: {first_line(error)}") from error
-    if proto.functions:
-        proto = inliner.inline_local_functions(proto)
+        if proto.functions:
+            proto = inliner.inline_local_functions(proto)
+    except Exception as error:  # whatever it does not like
+        raise ExportError(f"{path}: its local functions cannot be inlined: {first_line(error)}") from error
     _refuse_random(path, proto)
     weights = {tensor.name for tensor in proto.graph.initializer}
     return Foreign(

@@ -54,7 +54,7 @@ def _inputs(roles: Roles, adoption: Adoption) -> list[InputLayout]:
         )
     found = []
     for batch in _batches(roles, port.dims, adoption):
-        for time in _times(port.dims, batch):
+        for time in _times(port.dims, batch, any_axis=adoption.step_shape is not None):
             shape = _step_shape(port, batch, time, adoption)
             if shape is not None:
                 found.append(InputLayout(port, batch, time, shape))
@@ -88,10 +88,10 @@ def _names_batch(size: int | str | None) -> bool:
     return isinstance(size, str) and (size.lower() in BATCH_NAMES or "batch" in size.lower())
 
 
-def _times(dims: Sequence[int | str | None], batch: int) -> list[int | None]:
-    """Axes that may be time, an open one before one of size 1 before none."""
-    axes = [axis for axis in _open(dims) if axis != batch]
-    return [*sorted(axes, key=lambda axis: isinstance(dims[axis], int)), None]
+def _times(dims: Sequence[int | str | None], batch: int, any_axis: bool) -> list[int | None]:
+    """Axes that may be time: an open one before one of size 1, before (``any_axis``) one of any size, before none."""
+    axes = [axis for axis in (range(len(dims)) if any_axis else _open(dims)) if axis != batch]
+    return [*sorted(axes, key=lambda axis: (isinstance(dims[axis], int), dims[axis] != 1)), None]
 
 
 def _step_shape(port: Port, batch: int, time: int | None, adoption: Adoption) -> tuple[int, ...] | None:

@@ -130,6 +130,8 @@ class _Probe:
         heads = [self._head(port, one[port.name], many[port.name]) for port in self.roles.heads]
         self._check_rows(heads)
         steps = self._find_time(heads)
+        if steps is None:
+            heads = [self._like_input(head, many[head.port.name]) for head in heads]
         return Layout(self.hypothesis.input, self.states, tuple(steps or heads), many_steps=steps is not None)
 
     def _first_run(self, rows: int, stage: _Stage, sentence: str) -> dict[str, Array]:
@@ -149,7 +151,9 @@ class _Probe:
         return found
 
     def _hint(self) -> str:
-        return "" if self.adoption.step_shape is not None else "; if a step is larger, give its shape with --step-shape"
+        if self.adoption.step_shape is not None or self.adoption.classes is not None:
+            return ""
+        return "; if a step is larger, give its shape with --step-shape"
 
     # --- running ---
 
@@ -160,7 +164,9 @@ class _Probe:
         shape = (rows, steps, *layout.shape)
         if layout.port.dtype.startswith("float"):
             return random.standard_normal(shape).astype(layout.port.dtype)
-        return random.integers(0, self.adoption.classes or 1, shape).astype(layout.port.dtype)
+        ids = random.integers(0, self.adoption.classes or 1, shape).astype(layout.port.dtype)
+        ids.flat[0] = (self.adoption.classes or 1) - 1  # the one that a smaller table does not have
+        return ids
 
     def _fresh(self, rows: int) -> dict[str, Array]:
         return {state.before.name: state.rows(rows) for state in self.states}
@@ -233,6 +239,15 @@ class _Probe:
             f"{layout.time_axis} of '{layout.port.name}' and cannot be cut into chunks; if a run is meant to take "
             f"windows of a fixed size, give that with --step-shape",
         )
+
+    def _like_input(self, head: HeadLayout, one: Array) -> HeadLayout:
+        """The head without the axis that is time's in an input of the same layout, where a run is one step."""
+        input = self.hypothesis.input
+        alike = one.ndim == len(input.leading) + len(input.shape) and head.batch_axis == input.batch_axis
+        if input.time_axis is None or not alike or one.shape[input.time_axis] != 1:
+            return head
+        shape = tuple(np.delete(one.shape, input.leading).tolist())
+        return HeadLayout(head.port, head.dtype, shape, head.batch_axis, input.time_axis)
 
     def _with_time(self, head: HeadLayout, whole: Array, one: Array) -> HeadLayout:
         """The head with the axis that grows with the number of steps, if there is one and the rest stays."""

@@ -45,9 +45,8 @@ def assign(foreign: Foreign, adoption: Adoption) -> Roles:
     free = [port for port in foreign.inputs if port.name not in taken]
     lengths = inputs[adoption.lengths] if adoption.lengths else _guess_lengths(free)
     free = [port for port in free if port is not lengths]
-    kept = {*adoption.heads, *(after.name for _, _, after in said)}
-    open_outputs = [port for port in foreign.outputs if port.name not in kept]
-    input, guessed = _guess(inputs.get(adoption.input or ""), free, open_outputs, bool(adoption.heads))
+    open_outputs = [port for port in foreign.outputs if all(port is not after for _, _, after in said)]
+    input, guessed = _guess(inputs.get(adoption.input or ""), free, open_outputs, adoption.heads)
     states = said + [(known.get(b.name, StatePair(input=b.name)), b, a) for b, a in guessed]
     _check_all_known(free, input, states, open_outputs)
     if not (states or adoption.context):
@@ -92,7 +91,7 @@ def _guess_lengths(free: Sequence[Port]) -> Port | None:
 
 
 def _guess(
-    input: Port | None, free: Sequence[Port], outputs: Sequence[Port], heads_said: bool
+    input: Port | None, free: Sequence[Port], outputs: Sequence[Port], heads: Sequence[str]
 ) -> tuple[Port, list[tuple[Port, Port]]]:
     """The input, and the states among the rest; convention puts the input first and the first output is a head."""
     if input is not None:
@@ -108,8 +107,7 @@ def _guess(
         free = [port for port in free if port is not input]
     used = {port.name for pair in pairs for port in pair}
     rest = [port for port in outputs if port.name not in used]
-    if not heads_said:
-        rest = rest[1:]
+    rest = [port for port in rest if port.name not in heads] if heads else rest[1:]
     return input, pairs + pairing.by_shape([port for port in free if port.name not in used], rest)
 
 
@@ -124,7 +122,7 @@ def _check_all_known(
         if len(fitting) > 1:
             raise ExportError(
                 f"the input {port} may be a state, but it is not clear which output is its next value: "
-                f"{' or '.join(fitting)}; say it with --state {port.name}:{fitting[-1]}"
+                f"{' or '.join(fitting)}; say it with --state {port.name}:{fitting[0]}"
             )
         raise ExportError(
             f"nobody gives the input {port} a value; say what it is: --constant {port.name}=VALUE, "
