@@ -76,8 +76,11 @@ def _check_model(model: Any) -> None:
     import keras
 
     kind = type(model).__name__
-    if isinstance(model, keras.Sequential) and not model.built:
-        raise ExportError(f"model '{model.name}' is not built yet; begin it with a keras.Input, or call it once")
+    if isinstance(model, keras.Sequential) and not is_graph(model):
+        raise ExportError(
+            f"model '{model.name}' is not built yet, or Keras cannot follow it from layer to layer; begin it with a "
+            f"keras.Input, and build it in float32 or mixed precision"
+        )
     if not is_graph(model):
         what = "a subclassed model" if isinstance(model, keras.Model) else "no model"
         raise ExportError(
@@ -134,8 +137,8 @@ def _keepers(contract: Contract, notes: Notes) -> dict[str, Keeper]:
 def _notes(notes: Notes) -> Iterator[str]:
     if notes.unusual:
         yield (
-            f"{' and '.join(notes.unusual)} {'has' if len(notes.unusual) == 1 else 'have'} activations that "
-            f"onnxruntime runs on the CPU, on a machine with CUDA too"
+            f"onnxruntime runs {' and '.join(notes.unusual)} on the CPU, on a machine with CUDA too, because of the "
+            f"activations or reset_after=False"
         )
     if notes.coarse:
         yield f"the model computes in {notes.coarse}; the file, and Keras for the proof, compute in float32"

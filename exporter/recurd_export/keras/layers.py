@@ -147,13 +147,6 @@ def _concatenate(place: Place) -> Built:
     return _merge(lambda *values: torch.cat(values, axis))(place)
 
 
-def _time_distributed(place: Place) -> Built:
-    """The layer inside, whose axes count from the end: it works on the axes behind time as it does without."""
-    shape, inner = place.shape, place.layer.layer
-    built = build(Place(inner, ((shape[0], *shape[2:]),), (False,)))
-    return Built(built.module, built.finish, place.timed)
-
-
 _MERGES: Mapping[str, Builder] = {
     "Add": _merge(_fold(torch.add)),
     "Subtract": _merge(torch.sub),
@@ -181,6 +174,5 @@ _BUILDERS: Mapping[str, Builder] = {
     "Softmax": _softmax,
     **normalizing.BUILDERS,
     **shaping.BUILDERS,
-    "TimeDistributed": _time_distributed,
     **_MERGES,
 }

@@ -18,6 +18,7 @@ from recurd_export.errors import ExportError, ExportUsageError
 _HDF5 = b"\x89HDF\r\n\x1a\n"
 #: Arguments that Keras 2 wrote into its files and Keras 3 refuses.
 _KERAS_2_ONLY = ("time_major",)
+_MODELS = ("Sequential", "Functional", "Model")
 #: What reading a damaged file raises.
 _DAMAGED = (zipfile.BadZipFile, zlib.error, OSError, ValueError, EOFError)
 
@@ -75,7 +76,7 @@ def _load_zip(keras: Any, path: Path) -> Any:
         raise ExportError(f"{path}: is cut off or damaged ({say(error)}); copy it again") from error
     if "model.weights.h5" not in names:
         raise ExportError(f"{path}: has no weights in it (no model.weights.h5); write it with model.save()")
-    _check_classes(path, config)
+    _check_classes(keras, path, config)
 
     def edit(copy: Path) -> None:
         with zipfile.ZipFile(path) as old, zipfile.ZipFile(copy, "w") as new:
@@ -100,7 +101,7 @@ def _load_hdf5(keras: Any, path: Path) -> Any:
             f"{path}: holds weights only; write the whole model with model.save('model.keras'), or load them into it "
             f"and give the model"
         )
-    _check_classes(path, config)
+    _check_classes(keras, path, config)
 
     def edit(copy: Path) -> None:
         shutil.copyfile(path, copy)
@@ -135,28 +136,32 @@ def _of_keras_3(config: Any) -> Any:
     return {key: _of_keras_3(value) for key, value in config.items() if not (key in _KERAS_2_ONLY and value is False)}
 
 
-def _check_classes(path: Path, config: Any) -> None:
+def _check_classes(keras: Any, path: Path, config: Any) -> None:
     """Refuse what only code of the file's author could build, before Keras looks for it."""
-    for node in _dictionaries(config):
-        name, module = node.get("class_name"), node.get("module")
+    for node in _dictionaries(config.get("config")):
+        name, module, registered = (node.get(key) for key in ("class_name", "module", "registered_name"))
         if name in ("Lambda", "__lambda__"):
             layer = (node.get("config") or {}).get("name", "lambda")
             raise ExportError(
                 f"{path}: layer '{layer}' (Lambda) is code, and code in files is not run; use Keras' own layers for "
                 f"what it does"
             )
-        own = node.get("registered_name")
-        if isinstance(module, str) and module.partition(".")[0] not in ("keras", "builtins"):
-            raise ExportError(f"{path}: {_of_your_own(node)}")
-        if module is None and isinstance(own, str) and ">" in own and not own.startswith("keras"):
+        if isinstance(module, str):
+            is_own = module.partition(".")[0] == "keras"
+        elif "registered_name" in node:
+            is_own = not isinstance(registered, str)
+        else:  # as HDF5 files have it, which say no more than the class of a layer
+            is_own = "name" not in (node.get("config") or {}) or hasattr(keras.layers, name) or name in _MODELS
+        if isinstance(name, str) and not is_own:
             raise ExportError(f"{path}: {_of_your_own(node)}")
 
 
 def _of_your_own(node: dict[str, Any]) -> str:
-    config = node.get("config")
+    config, name = node.get("config"), node.get("class_name")
     layer = f" (layer '{config['name']}')" if isinstance(config, dict) and "name" in config else ""
+    what = f"function '{config}'" if name == "function" else f"class '{name}'"
     return (
-        f"needs the class '{node.get('class_name')}'{layer}, which is not Keras' own and whose code is not in the "
+        f"needs the {what}{layer}, which is not Keras' own and whose code is not in the "
         f"file; build the model of Keras' own layers, or write it in torch and export that"
     )
 

@@ -14,6 +14,7 @@ import torch
 
 from recurd.contract import Contract
 from recurd_export.errors import ExportError
+from recurd_export.keras.arrays import own_name
 from recurd_export.keras.load import say
 from recurd_export.keras.quiet import quiet
 from recurd_export.keras.recurrent import directions
@@ -98,6 +99,8 @@ class Stateful:
         if id(layer) in self._notes.reshaped:
             config["target_shape"] = (-1, *self._notes.reshaped[id(layer)])
         copy = type(layer).from_config(config)
+        if own_name(layer) == "Bidirectional":
+            copy.supports_masking = False  # with it a stateful one that gives its states fails, and nothing is masked
         if hasattr(layer, "weights"):
             self._copies[id(layer)] = layer, copy
         return copy
@@ -113,6 +116,7 @@ def _adapted(config: Any, dtype: str) -> Any:
     return {
         key: fixed[key] if key in fixed else "zeros" if key.endswith("_initializer") else _adapted(value, dtype)
         for key, value in config.items()
+        if key != "build_config"  # with it a layer inside another one is built at once, for another batch
     }
 
 

@@ -32,7 +32,7 @@ class Notes:
     recurrent: dict[str, tuple[str, ...]] = field(default_factory=dict)
     #: By ``id`` of Reshape layers over time, the sizes of a step behind them.
     reshaped: dict[int, tuple[int, ...]] = field(default_factory=dict)
-    #: Layers, by their label, with activations that torch's do not have.
+    #: Layers, by their label, that torch does not have (by their activations, or reset_after=False).
     unusual: list[str] = field(default_factory=list)
     #: What the model computes in, where that is not float32.
     coarse: str = ""
@@ -120,6 +120,11 @@ class _Graph:
         operation = place.layer
         if is_operation(operation):
             return operations.build(place, node)
+        if own_name(operation) == "TimeDistributed":
+            # The layer inside counts its axes without time, and works on them from the end.
+            inner = Place(operation.layer, ((place.shape[0], *place.shape[2:]),), (False,))
+            built = self._build(inner, node, name)
+            return Built(built.module, built.finish, place.timed)
         if is_graph(operation):
             nested = Twin(operation, place.timed, self._notes, (*self._lead, (name, operation.name)))
             return Built(nested, timed=nested.timed)
@@ -158,7 +163,7 @@ def is_graph(layer: Any) -> bool:
 
     functional = _functional()
     if isinstance(layer, keras.Sequential):
-        return bool(layer.built)
+        return hasattr(layer, "inputs")  # once it is built
     return isinstance(layer, functional) and type(layer).call is functional.call
 
 
