@@ -56,9 +56,13 @@ def _unconvertible(error: Exception) -> str:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Keep to ourselves what torch's exporter says about itself: no user of ours can act on it."""
-    logger = logging.getLogger("torch.onnx._internal.exporter._registration")  # "torchvision is not installed"
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = [
+        logging.getLogger("torch.onnx._internal.exporter._registration"),  # "torchvision is not installed"
+        logging.getLogger("torch.fx.experimental.symbolic_shapes"),  # of branches on values, which are refused
+    ]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "`isinstance\\(treespec, LeafSpec\\)`", FutureWarning)
@@ -68,7 +72,8 @@ def quiet() -> Iterator[None]:
             warnings.filterwarnings("ignore", "While compiling, we found certain side effects", UserWarning)
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def finish(model: onnx.ModelProto, contract: Contract) -> None:

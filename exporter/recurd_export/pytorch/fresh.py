@@ -18,15 +18,17 @@ def fresh_run(
     x: Tensor,
     inject: Inject | None = None,
     convolve: Convolve | None = None,
+    *,
+    plain: bool = False,
 ) -> Run:
     """Run a copy on an input ``[batch, time, ...]``, all its states being zeros (or what ``inject`` and
-    ``convolve`` give).
+    ``convolve`` give). ``plain``: every cell in a loop is known to be handed its state as it left it.
 
     Raises :class:`~recurd_export.pytorch.watch.ForwardError` when its forward does.
     """
     run = _run(model, arguments, x, inject, convolve)
     loops = [call for call in run.calls if call.taken]
-    if not loops or (x.shape[1] > 1 and all(map(is_plain, loops))):
+    if not loops or plain or (x.shape[1] > 1 and all(map(is_plain, loops))):
         return run
     # What a loop makes of a cell's state after a step is seen when it hands it to the next step.
     longer = _run(model, arguments, torch.cat([x, x[:, -1:]], dim=1), inject, convolve)

@@ -65,6 +65,11 @@ class Layout:
         return (*(state for recurrence in self.recurrences for state in recurrence.states), *carried)
 
     @property
+    def plain(self) -> bool:
+        """Whether every cell in a loop is handed its state as it left it."""
+        return all(recurrence.plain for recurrence in self.recurrences)
+
+    @property
     def causal(self) -> bool:
         """Whether no layer looks ahead."""
         return all(recurrence.directions == 1 for recurrence in self.recurrences)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recurd_export.pytorch.hoist import Carried, Hoisted
+from recurd_export.pytorch.layout import Layout
 from recurd_export.pytorch.recurrence import Recurrence
 
 
@@ -24,9 +25,17 @@ class Stepped(Hoisted):
     one_step = True
     note = "the model runs step by step (Scan), which is slower than fused layers"
 
+    def __init__(self, model: nn.Module, layout: Layout, *, seen: bool = False) -> None:
+        """``seen``: the loop itself uses the state that it hands to a cell (``h = h + cell(x, h)``).
+
+        Then the state is written into the tensor that the loop starts from.
+        """
+        super().__init__(model, layout)
+        self._seen = seen
+
     def forward(self, input: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
         """See the class."""
-        plain = all(recurrence.plain for recurrence in self.layout.recurrences)
+        plain = self.layout.plain
         has_last = any(head.per == "last" for head in self.layout.heads)
         heads = self._run(input, states, 1) if plain or has_last else []
         if not plain:
@@ -59,6 +68,10 @@ class Stepped(Hoisted):
         of_one = self._cell if recurrences[0].cell else self._layer
         module.forward = of_one(path, module, recurrences)
 
+    def is_seen(self, hx: Any) -> bool:
+        """Whether the state must be written into what a loop starts from."""
+        return self._seen and hx is not None
+
     def _cell(self, path: str, module: Any, recurrences: list[Recurrence]) -> Any:
         (recurrence,), hoisted, own = recurrences, self, module.forward
         names = recurrence.state_names(0)
@@ -68,7 +81,10 @@ class Stepped(Hoisted):
             number = carried.calls[path]
             carried.calls[path] += 1
             if number == 0:
-                left = own(input, _pair([carried.states[name] for name in names]))
+                given = [carried.states[name] for name in names]
+                for started, state in zip(_parts(hx) if hoisted.is_seen(hx) else (), given, strict=False):
+                    started.copy_(state)
+                left = own(input, _pair(given))
                 carried.next |= dict(zip(names, _parts(left), strict=True)) if recurrence.plain else {}
                 return left
             if number == 1 and not recurrence.plain:

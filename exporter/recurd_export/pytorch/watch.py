@@ -20,7 +20,7 @@ from recurd_export.pytorch.convolved import ConvolutionRecorder, Convolve, Convo
 
 @dataclass(frozen=True)
 class Passage:
-    """One call of a module without children: shapes of what went in, and what came out."""
+    """One call of a module that called no other: shapes of what went in, and what came out."""
 
     layer: str
     recurrent: bool
@@ -194,6 +194,8 @@ class _Recorder:
         self.lookups: list[tuple[int, Tensor]] = []
         #: Modules entered and not yet left, innermost last.
         self.active: list[tuple[str, nn.Module]] = []
+        #: Of each of them, and before them of the whole: whether it has called a module.
+        self._has_inner = [False]
         self._inject = inject
         self._given: list[tuple[Tensor, ...] | None] = []
         self._ordinals: dict[str, int] = defaultdict(int)
@@ -211,6 +213,8 @@ class _Recorder:
     def _enter(self, path: str, recurrent: bool) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             self.active.append((path, module))
+            self._has_inner[-1] = True
+            self._has_inner.append(False)
             return self._enter_recurrent(path, module, args, kwargs) if recurrent else None
 
         return hook
@@ -231,11 +235,12 @@ class _Recorder:
     def _leave(self, path: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             self.active.pop()
+            has_inner = self._has_inner.pop()
             if isinstance(module, nn.RNNBase | nn.RNNCellBase):
                 self._note(path, module, args[0], output)
             if isinstance(module, nn.Embedding):
                 self.lookups.append((module.num_embeddings, args[0]))
-            if next(module.children(), None) is None:
+            if not has_inner:
                 shapes = tuple(tuple(t.shape) for t in tensors(args))
                 given = tuple(t.detach().clone() for t in tensors(output))
                 recurrent = isinstance(module, nn.RNNBase | nn.RNNCellBase)

@@ -28,20 +28,20 @@ def choose(model: nn.Module, layout: Layout) -> Hoisted:
     projected = any(getattr(model.get_submodule(r.path), "proj_size", 0) for r in layout.recurrences)
     if not projected and not any(recurrence.cell for recurrence in layout.recurrences):
         return Hoisted(model, layout)
-    can_fold = not projected and all(recurrence.plain for recurrence in layout.recurrences)
-    if can_fold and _agrees(Folded(model, layout), model, layout):
+    if layout.plain and not projected and _agrees(Folded(model, layout), model, layout):
         return Folded(model, layout)
     if not layout.causal:
         raise ExportError(_looks_ahead(model, layout))
-    if _agrees(Stepped(model, layout), model, layout):
-        return Stepped(model, layout)
+    for seen in (False, True):
+        if _agrees(Stepped(model, layout, seen=seen), model, layout):
+            return Stepped(model, layout, seen=seen)
     layer = mixing_module(model, layout)
     if layer is not None:
         raise ExportError(f"{layer} mixes time steps, so results would depend on how a stream is cut into chunks")
     raise ExportError(
         f"the loop in {type(model).__name__} carries more from step to step than the states of its cells, or does not "
-        f"do the same in every step (an output fed back into the input, a count of steps, a loop backwards); write "
-        f"one step as a module (x, state...) -> (y, state...) and export it with step=True"
+        f"do the same in every step (an output fed back into the input, a count or a mean of steps, a loop backwards); "
+        f"write one step as a module (x, state...) -> (y, state...) and export it with step=True"
     )
 
 
