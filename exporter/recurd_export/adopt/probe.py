@@ -1,7 +1,6 @@
 """Runs a foreign model with other numbers of rows and steps, and so finds how it lays out batch and time."""
 
 import itertools
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -79,7 +78,7 @@ def open_session(foreign: Foreign) -> ort.InferenceSession:
     try:
         return ort.InferenceSession(relaxed.SerializeToString(), quiet(), providers=["CPUExecutionProvider"])
     except Exception as error:  # the runtime raises its own unexported types
-        raise ExportError(f"{foreign.path}: the runtime does not take it: {what(error)}") from error
+        raise ExportError(f"{foreign.path}: the runtime does not take it: {first_line(error)}") from error
 
 
 def quiet() -> ort.SessionOptions:
@@ -95,14 +94,6 @@ def _relax(graph: GraphProto) -> None:
     for value in (*graph.input, *graph.output):
         for dim in value.type.tensor_type.shape.dim:
             dim.Clear()
-
-
-def what(error: Exception) -> str:
-    """What the runtime says, without its own source paths."""
-    text = first_line(error)
-    text = text.rpartition("Status Message: ")[2] or text
-    text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", text)
-    return re.sub(r"\S*/\S+:\d+ (?:\S+::)?\S+\(.*?\)(?: const)? ?", "", text).strip() or first_line(error)
 
 
 def feeds(roles: Roles, x: Array, states: Mapping[str, Array], rows: int, steps: int) -> dict[str, Array]:
@@ -138,7 +129,11 @@ class _Probe:
         try:
             found = self._run(self._draw(rows, 1), self._fresh(rows))
         except Exception as error:  # the runtime raises its own unexported types
-            why = f" ({what(error)}), {CANNOT_SHARE}" if stage is _Stage.BATCH else f": {what(error)}{self._hint()}"
+            why = (
+                f" ({first_line(error)}), {CANNOT_SHARE}"
+                if stage is _Stage.BATCH
+                else f": {first_line(error)}{self._hint()}"
+            )
             raise _Failed(stage, sentence + why) from error
         for state in self.states:
             before, after = state.rows(rows), found[state.after.name]

@@ -11,9 +11,9 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from recurd.contract import Contract
-from recurd_export.adopt.foreign import Foreign
+from recurd_export.adopt.foreign import Foreign, first_line
 from recurd_export.adopt.layout import Layout
-from recurd_export.adopt.probe import feeds, open_session, quiet, what
+from recurd_export.adopt.probe import feeds, open_session, quiet
 from recurd_export.adopt.roles import Roles
 from recurd_export.errors import ExportError
 
@@ -26,7 +26,7 @@ def _open_as_it_is(foreign: Foreign) -> ort.InferenceSession:
     try:
         return ort.InferenceSession(str(foreign.path), quiet(), providers=["CPUExecutionProvider"])
     except Exception as error:  # the runtime raises its own unexported types
-        raise ExportError(f"{foreign.path}: the runtime does not take it: {what(error)}") from error
+        raise ExportError(f"{foreign.path}: the runtime does not take it: {first_line(error)}") from error
 
 
 class Reference:
@@ -97,5 +97,7 @@ class Reference:
         try:
             found = self._session.run(names, feeds(self._roles, np.ascontiguousarray(x), states, 1, len(part)))
         except Exception as error:  # the runtime raises its own unexported types
-            raise ExportError(f"the file itself fails with {len(part)} steps of one stream: {what(error)}") from error
+            raise ExportError(
+                f"the file itself fails with {len(part)} steps of one stream: {first_line(error)}"
+            ) from error
         return dict(zip(names, found, strict=True))

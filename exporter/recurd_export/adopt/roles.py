@@ -36,6 +36,7 @@ def assign(foreign: Foreign, adoption: Adoption) -> Roles:
     """Take what is said, guess the rest. Raises :class:`ExportError` where that cannot be."""
     inputs, outputs = {port.name: port for port in foreign.inputs}, {port.name: port for port in foreign.outputs}
     _check_names(adoption, inputs, outputs)
+    constants = {name: _constant(inputs[name], value) for name, value in adoption.constants.items()}
     said = [(pair, inputs[pair.input], outputs[pair.output]) for pair in adoption.states if pair.output is not None]
     known = {pair.input: pair for pair in adoption.states if pair.output is None}
     for _, before, after in said:
@@ -59,7 +60,7 @@ def assign(foreign: Foreign, adoption: Adoption) -> Roles:
         input=input,
         states=tuple(sorted(states, key=lambda state: order[state[1].name])),
         heads=_heads(foreign, adoption, states),
-        constants={name: _constant(inputs[name], value) for name, value in adoption.constants.items()},
+        constants=constants,
         lengths=lengths,
     )
 
