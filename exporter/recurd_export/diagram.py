@@ -28,7 +28,7 @@ def diagram(model: onnx.ModelProto, contract: Contract) -> Html:
         parts.extend(_node(node, row, contract))
     rest = len(nodes) - len(shown)
     heads = ", ".join(head.name for head in contract.heads)
-    parts.append(_end(f"and {rest} more nodes" if rest else heads, len(shown) + 1))
+    parts.append(_end(f"and {rest} more" if rest else heads, len(shown) + 1))
     height = ROW * (len(shown) + 2)
     label = f"The graph's {len(nodes)} nodes in the order they run"
     return tag(

@@ -76,6 +76,11 @@ class Drift(msgspec.Struct, frozen=True):
         """The curve that came nearest to its bound, or went furthest beyond it."""
         return max(self.curves, key=lambda curve: curve.worst / curve.bound)
 
+    @property
+    def passes_at(self) -> int | None:
+        """The step by which the first tensor is beyond its bound, ``None`` when none ever is."""
+        return min((curve.passes_at for curve in self.curves if curve.passes_at is not None), default=None)
+
 
 @dataclass(frozen=True)
 class _Trace:
@@ -201,11 +206,11 @@ def judge(drift: Drift, source: Runner, exact: Runner | None, inputs: Inputs, *,
     against its float64 run. Raises :class:`ExportError` where it does not: then the graph does something else.
     """
     worst = drift.worst
-    if worst.passes_at is None:
+    if drift.passes_at is None:
         return []
     told = (
         f"over {drift.steps:,} steps '{worst.tensor}' comes to be off by {worst.worst:.1e} ({_share(worst)} of its "
-        f"largest value), beyond the bound of {worst.bound:.1e} by step {worst.passes_at:,}"
+        f"largest value), where {worst.bound:.1e} is allowed; a bound is passed by step {drift.passes_at:,}"
     )
     if reduced:
         return [f"{told}: use a higher precision if that is too much"]

@@ -121,15 +121,14 @@ def _invariance(checks: tuple[Check, ...], contract: Contract) -> Iterator[Html]
     yield tag("p", f"A stream gives what the source model gives for it, {cut}, and whatever else is in its batch.")
     rows = (
         (
-            tag("strong", check.name),
-            MEANINGS.get(check.name, ""),
+            join([tag("strong", check.name), tag("small", MEANINGS.get(check.name, ""))]),
             tag("span", f"{check.error:.1e}", class_="good" if check.ok else "bad"),
             f"{check.bound:.1e}",
             tag("code", check.tensor),
         )
         for check in checks
     )
-    yield table(("check", "what was run", "largest error", "allowed", "worst in"), rows, numbers=(2, 3))
+    yield table(("check", "largest error", "allowed", "worst in"), rows, numbers=(1, 2))
 
 
 def _states(report: Report) -> Iterator[Html]:
@@ -186,7 +185,7 @@ def _origin(report: Report, model: onnx.ModelProto) -> Html:
         *(sorted(contract.source.versions.items())),
         ("operator sets", opsets),
         ("weights", f"{weights:,} numbers"),
-        ("SHA-256 of the weights", tag("code", contract.weights_sha256)),
+        ("SHA-256 of the weights", tag("code", contract.weights_sha256, class_="long")),
         ("contract format", contract.format),
     ]
     return table(("", ""), rows)

@@ -59,19 +59,19 @@ def export(source: FrontEnd, path: Path, facts: Facts, progress: Progress, optio
     with unpublished(proto, path) as temporary:
         # The very bytes that get the final name, by the daemon's own way of reading them.
         checks.append(hold(check_golden(Model.load(temporary, slots=len(RAGGED), threads=1), proof, len(RAGGED))))
-    report = Report(
-        path=path,
-        contract=contract,
-        precision=options.precision,
-        hoisted=candidate.hoisted,
-        checks=tuple(checks),
-        drift=proven.drift,
-        notes=(*candidate.notes, *_notes(proof, candidate), *proven.notes),
-        bytes=path.stat().st_size,
-        seconds=time.monotonic() - started,
-    )
-    if options.page is not None:
-        page.write(options.page, report, proto)
+        report = Report(
+            path=path,
+            contract=contract,
+            precision=options.precision,
+            hoisted=candidate.hoisted,
+            checks=tuple(checks),
+            drift=proven.drift,
+            notes=(*candidate.notes, *_notes(proof, candidate), *proven.notes),
+            bytes=temporary.stat().st_size,
+            seconds=time.monotonic() - started,
+        )
+        if options.page is not None:
+            page.write(options.page, report, proto)
     return report
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from recurd_export.drift import Curve
 from recurd_export.markup import Html, tag
 
-WIDTH, HEIGHT = 460, 260
+WIDTH, HEIGHT = 400, 240
 LEFT, RIGHT, TOP, BOTTOM = 48, 10, 12, 34
 #: Decades shown at least below the bound and at most at all.
 LEAST, MOST = 3, 9
