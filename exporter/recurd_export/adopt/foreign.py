@@ -85,10 +85,12 @@ def _parse(path: Path) -> ModelProto:
         proto.ParseFromString(data)
     except Exception as error:  # protobuf's own type, which mypy does not know
         if data.startswith(FIRST_BYTE):
-            raise ExportError(f"{path}: is damaged: it begins as an ONNX file and does not end as one") from error
-        raise ExportError(f"{path}: is not an ONNX file") from error
+            raise ExportError(
+                f"{path}: damaged or cut off: it begins as an ONNX file and does not end as one"
+            ) from error
+        raise ExportError(f"{path}: not an ONNX file") from error
     if not proto.HasField("graph") or not proto.graph.output:
-        raise ExportError(f"{path}: is not a whole ONNX file: there is no graph in it that gives anything")
+        raise ExportError(f"{path}: not a whole ONNX file: there is no graph in it that gives anything")
     try:
         onnx.load_external_data_for_model(proto, str(path.parent))
     except Exception as error:  # the loader raises its own types, and those of the system
