@@ -6,7 +6,7 @@ the padding but the chunk before: they are a state.
 """
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MethodType
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from recurd_export.errors import ExportError
 from recurd_export.pytorch.arguments import BATCH, OTHER_BATCH, OTHER_STEPS, STEPS
-from recurd_export.pytorch.convolved import Convolve, Convolved, Key
+from recurd_export.pytorch.convolved import KINDS, Convolve, Convolved, Key
 from recurd_export.pytorch.state import StateLayout
 from recurd_export.pytorch.watch import Run, label
 
@@ -102,10 +102,16 @@ def find(runs: Sequence[Run]) -> tuple[Convolution, ...]:
 
     Those that look ahead, and those along other axes than time, are left alone.
     """
-    first, *others = ({call.key: call for call in run.convolutions} for run in runs)
-    calls = ([call, *(other[key] for other in others)] for key, call in first.items() if all(key in o for o in others))
-    found = (_examine(*same) for same in calls)
+    found = (_examine(*calls) for calls in _same_calls(runs))
     return tuple(convolution for convolution in found if convolution is not None)
+
+
+def _same_calls(runs: Sequence[Run]) -> Iterator[list[Convolved]]:
+    """Each call with what it is in the other runs, where it is in all of them."""
+    first, *others = ({call.key: call for call in run.convolutions} for run in runs)
+    for key, call in first.items():
+        if all(key in other for other in others):
+            yield [call, *(other[key] for other in others)]
 
 
 def _examine(call: Convolved, other_batch: Convolved, other_steps: Convolved) -> Convolution | None:
@@ -163,6 +169,20 @@ def _flat(sides: Sequence[tuple[int, int]]) -> list[int]:
 
 def _with_size(x: Tensor, axis: int, size: int) -> tuple[int, ...]:
     return (*x.shape[:axis], size, *x.shape[axis + 1 :])
+
+
+def looking_ahead(runs: Sequence[Run]) -> str | None:
+    """In words: the first convolution over time, none being one that can be carried on; or ``None``."""
+    for call, *others in _same_calls(runs):
+        axis = _time_axis(call.input.shape, *(other.input.shape for other in others))
+        if axis is not None and call.module.kernel_size[axis - 2] > 1:
+            kind = next(kind for kind in KINDS if isinstance(call.module, kind)).__name__
+            return (
+                f"{label(call.path, call.module)} is a convolution over time, so results would depend on how a stream "
+                f"is cut into chunks; an nn.{kind} can be exported when it is padded on the left only, with "
+                f"(kernel - 1) * dilation constant steps"
+            )
+    return None
 
 
 def check_sizes(calls: Sequence[Convolved]) -> None:

@@ -17,7 +17,6 @@ from recurd.contract import Contract
 from recurd.verify import EQUAL, Check, Inputs, Piece, Tolerance, compare, drive
 from recurd_export import pipeline
 from recurd_export.candidate import Candidate
-from recurd_export.errors import ExportError
 from recurd_export.facts import Facts
 from recurd_export.pytorch import bounds, convert, layout, rewrite, step_layout, steps, trace, ways
 from recurd_export.pytorch.describe import (
@@ -104,8 +103,6 @@ def _program(
     progress(pipeline.STEPS)
     rewrite.settle(program)
     steps.check(program, found)
-    if not found.states:
-        raise ExportError(layout.no_state(model))
     return program, bounds.settle(program, found)
 
 

@@ -17,7 +17,7 @@ from recurd_export.errors import ExportError
 from recurd_export.pytorch import tree
 from recurd_export.pytorch.arguments import BATCH, OTHER_BATCH, OTHER_STEPS, STEPS, Arguments, read_example
 from recurd_export.pytorch.conduct import check_repeatable, is_choosy
-from recurd_export.pytorch.convolutions import Convolution, check_sizes
+from recurd_export.pytorch.convolutions import Convolution, check_sizes, looking_ahead
 from recurd_export.pytorch.convolutions import find as find_convolutions
 from recurd_export.pytorch.convolved import KINDS
 from recurd_export.pytorch.fresh import run_with
@@ -81,9 +81,13 @@ def find(model: nn.Module, example: Any) -> Layout:
     x, rest = read_example(example)
     first = _first_run(model, x, rest)
     _check_state_arguments(model, x, rest)
-    arguments = Arguments(
-        x, rest, kept=find_kept(model, (x, *rest)), drawn=is_choosy(model, x, rest), classes=find_classes(x, first)
+    drawn = is_choosy(model, x, rest)
+    # Zeros leave some states as they are, which then does not show where they are kept.
+    probe = (
+        x if drawn or not x.is_floating_point() else torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
     )
+    kept = find_kept(model, (probe, *rest))
+    arguments = Arguments(x, rest, kept=kept, drawn=drawn, classes=find_classes(x, first))
     batch = first.calls[0].batch if first.calls else first.convolutions[0].input.shape[0]
     arguments, run = _orient(model, arguments, batch)
     check_repeatable(model, arguments)
@@ -99,6 +103,8 @@ def find(model: nn.Module, example: Any) -> Layout:
     taken = {name for one in recurrences for name in names(one.states)}
     taken |= {name for one in convolutions for name in names((one.state,))}
     heads, states = find_outputs(model, arguments, runs, taken)
+    if not (recurrences or convolutions):
+        raise ExportError(looking_ahead(runs) or no_state(model))
     return Layout(arguments, recurrences, convolutions, heads, states)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from recurd_export.errors import ExportError
 from recurd_export.pytorch.step_layout import AnyLayout
-from recurd_export.pytorch.traced import Graph
+from recurd_export.pytorch.traced import Graph, NodeError
 
 #: What two runs may differ by: absolute, and relative to the largest value compared.
 ATOL, RTOL = 1e-5, 1e-4
@@ -57,7 +57,12 @@ def check(program: torch.export.ExportedProgram, layout: AnyLayout) -> None:
         # In float64, where no model is so sensitive that rounding looks like mixing.
         check_all(graph.to(torch.float64), layout)
     except RuntimeError:  # the model makes float32 tensors of its own, which do not go together with float64
-        check_all(graph, layout)
+        try:
+            check_all(graph, layout)
+        except NodeError as error:
+            raise ExportError(
+                f"{describe_node(error.node)} does not take every number of steps, as chunks have: {error}"
+            ) from error
 
 
 def _check_all(graph: Graph, layout: AnyLayout) -> None:
@@ -201,7 +206,10 @@ def _advice(node: fx.Node) -> str:
     """What would make a convolution one that can be carried on."""
     if _name(node) not in ("conv1d", "conv2d", "conv3d"):
         return ""
-    return "; pad it on the left only, with (kernel - 1) * dilation constant steps, and it can be exported"
+    return (
+        f"; an nn.C{_name(node)[1:]} can be exported when it is padded on the left only, with (kernel - 1) * dilation "
+        f"constant steps"
+    )
 
 
 def _name(node: fx.Node) -> str:

@@ -9,6 +9,15 @@ from torch import Tensor, fx
 from torch.export.graph_signature import InputKind
 
 from recurd_export.pytorch import ops
+from recurd_export.pytorch.watch import first_line
+
+
+class NodeError(RuntimeError):
+    """An operation of the graph failed."""
+
+    def __init__(self, node: fx.Node, error: Exception) -> None:
+        super().__init__(first_line(error))
+        self.node = node
 
 
 class Graph:
@@ -47,12 +56,17 @@ class Graph:
     def run(self, x: Tensor, lengths: Tensor | None, states: Sequence[Tensor], causal: bool) -> dict[str, Any]:
         """Values of all nodes by name. With ``causal``, second directions run forwards (see ops.forward_only).
 
-        In the graph's own precision, which :meth:`to` changes. The graph of one step takes no ``lengths``.
+        In the graph's own precision, which :meth:`to` changes. The graph of one step takes no ``lengths``. Raises
+        :class:`NodeError`.
         """
         recorder = _Recorder(self.module, causal)
         given = () if lengths is None else (lengths,)
         with torch.no_grad():
-            recorder.run(*self.fixed, _as(self.dtype, x), *given, *(_as(self.dtype, state) for state in states))
+            try:
+                recorder.run(*self.fixed, _as(self.dtype, x), *given, *(_as(self.dtype, state) for state in states))
+            except RuntimeError as error:
+                assert recorder.node is not None
+                raise NodeError(recorder.node, error) from error
         return recorder.values
 
     def to(self, dtype: torch.dtype) -> "Graph":
@@ -71,9 +85,12 @@ class _Recorder(fx.Interpreter):
     def __init__(self, module: fx.GraphModule, causal: bool) -> None:
         super().__init__(module, garbage_collect_values=False)
         self.values: dict[str, Any] = {}
+        #: The one that is run.
+        self.node: fx.Node | None = None
         self._causal = causal
 
     def run_node(self, n: fx.Node) -> Any:
+        self.node = n
         self.values[n.name] = value = super().run_node(n)
         return value
 

@@ -178,6 +178,14 @@ def shape_changer(run: Run, steps: int) -> str | None:
                 f"{passage.layer} changes the number of time steps ({list(passage.inputs[0])} into {results[0]}), so "
                 f"chunks of a stream would not fit together"
             )
+    for call in run.convolutions:
+        stride, shape = call.module.stride[0], call.input.shape
+        # Of padded steps, in rows that are streams; not along the features of single steps.
+        if isinstance(call.module, nn.Conv1d) and stride > 1 and shape[0] < steps <= shape[2]:
+            return (
+                f"{label(call.path, call.module)} gives one step for every {stride} (stride={stride}), so chunks of a "
+                f"stream would not fit together"
+            )
     return None
 
 
