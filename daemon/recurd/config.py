@@ -80,6 +80,17 @@ class ZeroMQ(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     backlog: Count = 512
 
 
+class Durability(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What streams survive, and where they are kept."""
+
+    #: ``off``: nothing; ``process``: the death of the daemon; ``power``: that of the machine too (each commit synced).
+    mode: Literal["off", "process", "power"] = "off"
+    #: Folder of the journal, made when it is not there; one daemon's only.
+    directory: str = ""
+    #: Whether to go on with streams that were left by other weights, another runtime or another device.
+    accept_drift: bool = False
+
+
 class Log(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Log lines on standard error."""
 
@@ -110,6 +121,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     tick: Tick = Tick()
     timeouts: Timeouts = Timeouts()
     zeromq: ZeroMQ = ZeroMQ()
+    durability: Durability = Durability()
     log: Log = Log()
 
 
@@ -177,6 +189,8 @@ def _check(config: Config) -> None:
         raise ConfigError("bind: at least one endpoint is needed")
     for endpoint in config.bind:
         check_endpoint(endpoint, insecure=config.insecure)
+    if config.durability.mode != "off" and not config.durability.directory:
+        raise ConfigError(f"durability.directory: mode '{config.durability.mode}' needs a folder to keep streams in")
     if config.metrics:
         split_address(config.metrics)
     for key, values in (

@@ -4,6 +4,7 @@
     take_tick the next run of a model: rows of distinct streams, as arrays
     complete  its outputs become answers, retained for retries and put out for sending
     fail      or it failed, and its streams say so
+    to_save   what must stand in the journal before anything is sent, where streams are durable
     replies_to_send
 
 The engine is sans-I/O: frames and ``now`` (monotonic seconds) come in as arguments, frames and ticks go out as
@@ -26,6 +27,7 @@ from recurd.errors import Broken, Code, Refused
 from recurd.lane import Lane, Room
 from recurd.lifecycle import Identity, Lifecycle
 from recurd.peers import Outbox, Peer, Peers
+from recurd.saving import SavedAnswer, SavedStream, Saving, Unsaved
 from recurd.scheduler import Tick, assemble
 from recurd.stats import ModelStats, Stats
 from recurd.streams import NO_SLOT, Chunk, Stream, Streams
@@ -34,6 +36,10 @@ if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
 
 _HANDLE_BITS = 40
+#: What a client waits before it asks a halted daemon again.
+_HALT_RETRY_SECONDS = 1.0
+#: Messages that touch no stream.
+_HARMLESS = frozenset({wire.Type.HELLO, wire.Type.PING})
 
 
 class Engine:
@@ -65,6 +71,9 @@ class Engine:
         self._streams = Streams(first_handle, max_ended=limits.ended_streams)
         self._peers = Peers()
         self._outbox = Outbox(stats, max_message_bytes=limits.message_bytes)
+        self._unsaved = Unsaved(config.durability.mode != "off")
+        #: Why nothing can be saved, and so nothing accepted, at present.
+        self._halted: str | None = None
         self._lifecycle = Lifecycle(
             config,
             identity,
@@ -72,6 +81,7 @@ class Engine:
             streams=self._streams,
             peers=self._peers,
             outbox=self._outbox,
+            unsaved=self._unsaved,
             stats=stats,
             log=log,
         )
@@ -110,6 +120,8 @@ class Engine:
 
     def _handle(self, header: wire.Header, payload: wire.Buffer, peer: Peer, now: float, is_finite: bool) -> None:
         try:
+            if self._halted is not None and header.type not in _HARMLESS:
+                raise Refused(Code.BUSY, self._halted, retry_after_seconds=_HALT_RETRY_SECONDS)
             if header.type == wire.Type.CHUNK:
                 self._on_chunk(header, payload, peer, now, is_finite)
             else:
@@ -178,6 +190,8 @@ class Engine:
 
     def take_tick(self, now: float) -> Tick | None:
         """The next run of a model, or ``None``. It must be given back to :meth:`complete` or :meth:`fail`."""
+        if self._halted is not None:
+            return None
         self._lifecycle.expire(now)
         for _ in range(len(self._turns)):
             lane = self._turns[0]
@@ -256,6 +270,7 @@ class Engine:
         stream.answered = chunk.seq
         stream.answers.append((chunk.seq, chunk.generation, record))
         stream.lane.retain(len(record[1]))
+        self._unsaved.note(stream)
         if stream.peer is not None:
             self._outbox.send(stream.peer, record)
 
@@ -281,6 +296,33 @@ class Engine:
         )
         self._answer(stream, reset, (header, b""))
 
+    # --- durability ---
+
+    def restore(self, handle: int, saved: SavedStream, answers: list[SavedAnswer], now: float) -> int:
+        """Go on with a stream out of the journal, before anything is received; the slot its state belongs into.
+
+        Raises :class:`~recurd.errors.JournalError` when its model has no slot left.
+        """
+        return self._lifecycle.restore(handle, saved, answers, now)
+
+    def to_save(self) -> Saving | None:
+        """What changed since the last :meth:`saved`; nothing that was put out may be sent before it is saved."""
+        return self._unsaved.take()
+
+    def saved(self) -> None:
+        """What :meth:`to_save` gave last stands in the journal."""
+        self._unsaved.saved()
+        self._halted = None
+
+    def halt(self, reason: str) -> None:
+        """Nothing can be saved: refuse everything that would change a stream, until :meth:`saved`."""
+        self._halted = reason
+
+    @property
+    def halted(self) -> bool:
+        """Whether it refuses everything at present."""
+        return self._halted is not None
+
     # --- frames out, and the daemon's condition ---
 
     def replies_to_send(self) -> list[tuple[bytes, bytes]]:
@@ -289,6 +331,8 @@ class Engine:
 
     def deadline(self) -> float | None:
         """When :meth:`take_tick` should be called at the latest; 0 when there is a tick to take now."""
+        if self._halted is not None:
+            return None
         if any(len(lane.scheduler) and not lane.busy for lane in self._lanes.values()):
             return 0.0
         return self._lifecycle.deadline()
@@ -310,7 +354,8 @@ class Engine:
     def full(self) -> bool:
         """New streams, or all chunks, are refused."""
         return (
-            self._room.full
+            self._halted is not None
+            or self._room.full
             or len(self._streams) >= self._max_streams
             or all(len(lane.slots) == lane.slots.count for lane in self._lanes.values())
         )

@@ -29,6 +29,7 @@ class ExitCode(IntEnum):
     CONTRACT = 65
     DEVICE = 69
     EXPORT = 70
+    JOURNAL = 74
     ADDRESS = 75
     CONFIG = 78
 
@@ -112,6 +113,12 @@ class DeviceError(StartError):
     """The device asked for cannot be had, or the model does not run on it as it must."""
 
     exit_code = ExitCode.DEVICE
+
+
+class JournalError(StartError):
+    """Stored streams cannot be read, written, or gone on from."""
+
+    exit_code = ExitCode.JOURNAL
 
 
 class AddressError(StartError):

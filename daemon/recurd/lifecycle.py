@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import recurd
 from recurd import wire
 from recurd.config import Config
-from recurd.errors import Broken, Code, Refused
+from recurd.errors import Broken, Code, JournalError, Refused
 from recurd.lane import Lane
 from recurd.peers import Outbox, Peer, Peers
+from recurd.saving import SavedAnswer, SavedStream, Unsaved, answer
 from recurd.stats import Stats
 from recurd.streams import NO_SLOT, Chunk, Stream, Streams
 
@@ -42,6 +43,7 @@ class Lifecycle:
         streams: Streams,
         peers: Peers,
         outbox: Outbox,
+        unsaved: Unsaved,
         stats: Stats,
         log: "FilteringBoundLogger",
     ) -> None:
@@ -52,6 +54,8 @@ class Lifecycle:
         self._streams = streams
         self._peers = peers
         self._outbox = outbox
+        self._unsaved = unsaved
+        self._durability = config.durability.mode
         self._stats = stats
         self._log = log
         #: New connections and streams are refused.
@@ -79,6 +83,7 @@ class Lifecycle:
             max_chunk_steps=limits.chunk_steps,
             peer_timeout_seconds=self._timeouts.peer_idle_seconds,
             device=self._identity.device,
+            durability=self._durability,
             models={name: lane.contract.public() for name, lane in self._lanes.items()},
         )
         self._outbox.send_control(peer, wire.control(wire.Type.WELCOME, welcome, seq=header.seq))
@@ -213,11 +218,41 @@ class Lifecycle:
             idle_timeout=request.idle_timeout_seconds or self._timeouts.stream_idle_seconds,
             now=now,
         )
+        self._unsaved.note(stream)
         lane.stats.slots_used = len(lane.slots)
         self._stats.streams_opened += 1
         self._stats.streams["detached"] += 1
         self._log.debug("stream_opened", stream=stream.name, model=lane.name, generation=stream.generation)
         return stream
+
+    def restore(self, handle: int, saved: SavedStream, answers: list[SavedAnswer], now: float) -> int:
+        """See :meth:`recurd.engine.Engine.restore`."""
+        lane = self._lanes[saved.model]
+        slot = lane.slots.allocate()
+        if slot is None:
+            raise JournalError(
+                f"the journal holds more streams of model '{lane.name}' than it has slots ({lane.slots.count}); raise "
+                f"slots"
+            )
+        stream = self._streams.add(
+            tenant=saved.tenant,
+            name=saved.name,
+            lane=lane,
+            slot=slot,
+            generation=saved.generation,
+            idle_timeout=saved.idle_timeout,
+            now=now,
+            handle=handle,
+        )
+        stream.first_generation = saved.first_generation
+        stream.accepted = stream.answered = stream.saved = saved.seq
+        stream.acked = stream.forgotten = saved.acked
+        stream.fresh = stream.untouched = saved.state is None
+        stream.answers = [answer(one) for one in answers]
+        lane.retain(sum(len(payload) for _, _, (_, payload) in stream.answers))
+        lane.stats.slots_used = len(lane.slots)
+        self._stats.streams["detached"] += 1
+        return slot
 
     def _attach(self, stream: Stream, peer: Peer) -> None:
         if stream.peer is None:
@@ -274,6 +309,7 @@ class Lifecycle:
         """
         lane = stream.lane
         ended = self._streams.end(stream, code)
+        self._unsaved.end(stream)
         lane.retain(-sum(len(payload) for _, _, (_, payload) in stream.answers))
         queued, stream.queue = stream.queue, []
         lane.leave(len(queued), sum(chunk.data.nbytes for chunk in queued))

@@ -42,6 +42,11 @@ MODEL_HISTOGRAMS: tuple[Row, ...] = (
     ("request_seconds", "From a chunk's arrival to its result.", "request_seconds"),
 )
 COUNTERS: tuple[Row, ...] = (
+    (
+        "journal_failures",
+        "Commits to the journal that could not be written; nothing is accepted meanwhile.",
+        "journal_failures",
+    ),
     ("internal_errors", "Bugs met while serving; each has a traceback in the log.", "internal_errors"),
     ("duplicates", "Records that had been accepted before and were answered again.", "duplicates"),
     ("streams_opened", "Streams started new.", "streams_opened"),
@@ -122,6 +127,9 @@ class Collector(PrometheusCollector):
         yield _gauge("recurd_streams", "Known streams, with a connection or without.", "state", stats.streams)
         yield _gauge("recurd_state_bytes", "Memory for the streams' state.", "where", stats.state_bytes)
         yield GaugeMetricFamily("recurd_peers", "Connections that said HELLO.", value=stats.peers)
+        text = "One commit to the journal, of all that a round of the loop changed."
+        commits = stats.commit_seconds
+        yield HistogramMetricFamily("recurd_commit_seconds", text, _buckets(commits), commits.sum)
 
 
 def open_registry(collector: Collector) -> CollectorRegistry:
@@ -149,6 +157,10 @@ def _gauge(name: str, text: str, label: str, values: Mapping[str, float]) -> Met
 def _histogram(name: str, text: str, histograms: Mapping[str, Histogram]) -> Metric:
     family = HistogramMetricFamily(name, text, labels=["model"])
     for model, histogram in histograms.items():
-        edges = [*map(floatToGoString, histogram.bounds), "+Inf"]
-        family.add_metric([model], list(zip(edges, histogram.cumulative(), strict=True)), histogram.sum)
+        family.add_metric([model], _buckets(histogram), histogram.sum)
     return family
+
+
+def _buckets(histogram: Histogram) -> list[tuple[str, int]]:
+    edges = [*map(floatToGoString, histogram.bounds), "+Inf"]
+    return list(zip(edges, histogram.cumulative(), strict=True))

@@ -17,6 +17,7 @@ import onnx
 from recurd import graph
 from recurd.contract import Contract, load
 from recurd.errors import ContractError, DeviceError
+from recurd.saving import Stamp
 
 # onnxruntime reports to its maker unless this is set before it is imported; a sensor's daemon does not call home.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
@@ -164,6 +165,13 @@ class Model:
     def read(self, slots: Array) -> dict[str, Array]:
         """States of these slots by name, each ``[rows, *state.shape]``, copied to the host."""
         states: dict[str, Array] = {}
+        for (arena, _), rows in zip(self._arenas, self._read_arenas(slots), strict=True):
+            states |= arena.split(rows)
+        return {state.name: states[state.name] for state in self.contract.states}
+
+    def _read_arenas(self, slots: Array) -> list[Array]:
+        """Rows ``[n, width]`` of every arena, copied to the host."""
+        found = []
         for (arena, buffer), session in zip(self._arenas, self._readers, strict=True):
             binding = session.io_binding()
             binding.bind_ortvalue_input(arena.name, buffer)
@@ -171,8 +179,8 @@ class Model:
             rows = np.empty((len(slots), arena.width), arena.dtype)
             binding.bind_output(graph.ROWS, "cpu", 0, rows.dtype, rows.shape, rows.ctypes.data)
             session.run_with_iobinding(binding)
-            states |= arena.split(rows)
-        return {state.name: states[state.name] for state in self.contract.states}
+            found.append(rows)
+        return found
 
     def write(self, slots: Array, states: dict[str, Array]) -> None:
         """Set the states of these slots; the reverse of :meth:`read`."""
@@ -183,6 +191,29 @@ class Model:
             binding.bind_cpu_input(graph.ROWS, np.ascontiguousarray(arena.join(states), arena.dtype))
             binding.bind_ortvalue_output(f"{arena.name}.next", buffer)
             session.run_with_iobinding(binding)
+
+    def rows(self, slots: Array) -> list[bytes]:
+        """Each slot's rows of all arenas as bytes, one after another: what a journal keeps of a state."""
+        parts = [row.view(np.uint8).reshape(len(slots), -1) for row in self._read_arenas(slots)]
+        return [row.tobytes() for row in (parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1))]
+
+    def write_rows(self, slots: Array, rows: list[bytes]) -> None:
+        """Put rows back that :meth:`rows` gave, into any slots."""
+        table = np.frombuffer(b"".join(rows), np.uint8).reshape(len(slots), -1)
+        start = 0
+        states: dict[str, Array] = {}
+        for arena, _ in self._arenas:
+            size = arena.width * np.dtype(arena.dtype).itemsize
+            states |= arena.split(np.ascontiguousarray(table[:, start : start + size]).view(arena.dtype))
+            start += size
+        self.write(slots, states)
+
+    @property
+    def stamp(self) -> Stamp:
+        """What the bits of its states depend on."""
+        layout = ", ".join(f"{s.name} {s.dtype} {list(s.shape)}" for s in self.contract.states)
+        provider = self.device.partition(":")[0]
+        return Stamp(self.contract.state_hash, layout, f"onnxruntime {ort.__version__}", provider)
 
     def _check_rows(self, slots: Array, lengths: Array, input: Array) -> None:
         # The runtime aborts the process on zero rows, erases the state of a row of length zero, and on CUDA writes a

@@ -5,8 +5,9 @@ goes to the end of the line when there is more to do. No clock: ``take`` is call
 
 Three rules shape a tick. At most ``max_steps`` steps of a stream, so that one that backfills hours does not hold up the
 others: a long chunk is sliced over several ticks and its state stays in place. Queued chunks of one stream are joined
-in time, and their outputs split again. And rows of similar length run together: the model computes every row to the
-length of the longest, so a row is passed over (and keeps its place) when the padding would exceed ``padding_ratio``.
+in time as far as they fit whole, and their outputs split again. And rows of similar length run together: the model
+computes every row to the length of the longest, so a row is passed over (and keeps its place) when the padding would
+exceed ``padding_ratio``.
 Whatever the model, a tick of several rows computes at most ``max_rows * max_steps`` steps, so that it ends soon.
 """
 
@@ -100,12 +101,17 @@ class Scheduler:
         return rows
 
     def _joined(self, stream: Stream) -> int:
-        """Steps the stream could run in one row, up to the next reset."""
+        """Steps the stream could run in one row, up to the next reset.
+
+        A row that finishes a chunk ends with a chunk: the state after it is one that a client knows of, and the one
+        that is saved with the answers.
+        """
         steps = 0
         for chunk in stream.queue:
-            if not chunk.steps or steps >= self._max_steps:
+            left = chunk.steps - chunk.taken
+            if not chunk.steps or (steps and steps + left > self._max_steps):
                 break
-            steps += chunk.steps - chunk.taken
+            steps += left
         return steps
 
 

@@ -1,8 +1,8 @@
 """The process: sockets, signals, the clock and the loop that drives the engine. The only module with zmq.
 
-The loop has five verbs: wait, receive, run, send, beat. One thread does all of it, the run of the model included: while
-it runs, ZeroMQ's own I/O thread fills the socket's queue, and the next tick takes what has come. Only /metrics and
-/healthz are served by other threads, which read and never write.
+The loop has six verbs: wait, receive, run, commit, send, beat. One thread does all of it, the run of the model
+included: while it runs, ZeroMQ's own I/O thread fills the socket's queue, and the next tick takes what has come. Only
+/metrics and /healthz are served by other threads, which read and never write.
 """
 
 import fcntl
@@ -29,6 +29,8 @@ from recurd.stats import Stats
 
 if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
+
+    from recurd.durable import Durable
 
 #: Longest sleep of the loop: signals wake it, this bounds how late health and watchdog notice.
 _BEAT_SECONDS = 0.5
@@ -73,6 +75,7 @@ class Server:
             log=log,
         )
         self._stats = stats
+        self._durable = None if settings.durability.mode == "off" else self._restore(stack)
         self._socket, self.endpoints = _bind(settings, stack)
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
@@ -83,6 +86,18 @@ class Server:
         self._next_beat = 0.0
         watchdog = self._notifier.watchdog_seconds
         self._beat_seconds = min(_BEAT_SECONDS, watchdog / 2) if watchdog else _BEAT_SECONDS
+
+    def _restore(self, stack: ExitStack) -> "Durable":
+        from recurd.durable import Durable  # brings lmdb
+
+        begin = time.monotonic()
+        durable = Durable(self._config, self._engine, self._models, stats=self._stats, log=self._log)
+        stack.callback(durable.close)
+        streams = durable.restore(begin)
+        seconds = round(time.monotonic() - begin, 3)
+        directory = self._config.durability.directory
+        self._log.info("journal_opened", directory=directory, streams=streams, seconds=seconds)
+        return durable
 
     def _open_http(self, collector: Collector, stack: ExitStack) -> HttpServer | None:
         if not self._config.metrics:
@@ -104,6 +119,7 @@ class Server:
             self._wait()
             self._receive()
             self._run_tick()
+            self._commit()
             self._send()
             self._beat()
         self._log.info("stopped", dropped_chunks=self._engine.queued_chunks)
@@ -151,9 +167,18 @@ class Server:
         else:
             self._engine.complete(tick, outputs, time.monotonic())
 
+    def _commit(self) -> None:
+        """Where streams are durable, what changed is saved before anything is sent."""
+        if self._durable is None:
+            return
+        begin = time.monotonic()
+        if self._durable.commit(begin):
+            self._stats.commit_seconds.observe(time.monotonic() - begin)
+
     def _send(self) -> None:
         stats = self._stats
-        for routing_id, frame in self._engine.replies_to_send():
+        frames = self._engine.replies_to_send() if self._durable is None else self._durable.due()
+        for routing_id, frame in frames:
             try:
                 self._socket.send_multipart((routing_id, frame), zmq.NOBLOCK)
             except zmq.Again:

@@ -95,6 +95,9 @@ class Stats:
         self.refused = [0] * (max(Code) + 1)
         self.broken = [0] * (max(Code) + 1)
         self.internal_errors = 0
+        #: Commits to the journal that could not be written.
+        self.journal_failures = 0
+        self.commit_seconds = Histogram(LATENCY_BOUNDS)
         self.duplicates = 0
         # counters: streams and peers
         self.streams_opened = 0

@@ -62,6 +62,7 @@ class Stream:
         "answers",
         "closing",
         "first_generation",
+        "forgotten",
         "fresh",
         "generation",
         "handle",
@@ -72,6 +73,7 @@ class Stream:
         "peer",
         "queue",
         "running",
+        "saved",
         "slot",
         "tenant",
         "untouched",
@@ -103,6 +105,9 @@ class Stream:
         #: No step has been taken since the fresh start.
         self.untouched = True
         self.answers: list[Answer] = []
+        # In the journal: seq up to which the answers are there, and up to which they are there no more.
+        self.saved = 0
+        self.forgotten = 0
         # Connection.
         self.peer: Peer | None = None
         self.last_seen = 0.0
@@ -240,20 +245,32 @@ class Streams:
         return None if handle is None else self._ended[handle]
 
     def add(
-        self, *, tenant: str, name: str, lane: "Lane", slot: int, generation: int, idle_timeout: float, now: float
+        self,
+        *,
+        tenant: str,
+        name: str,
+        lane: "Lane",
+        slot: int,
+        generation: int,
+        idle_timeout: float,
+        now: float,
+        handle: int | None = None,
     ) -> Stream:
-        """Start a stream in a slot; the tenant has none of this name."""
+        """Start a stream in a slot, with the next free handle or its former one; the tenant has none of this name."""
+        if handle is None:
+            while self._next_handle in self._by_handle:
+                self._next_handle += 1
+            handle = self._next_handle
         stream = Stream(
             tenant=tenant,
             name=name,
-            handle=self._next_handle,
+            handle=handle,
             lane=lane,
             slot=slot,
             generation=generation,
             idle_timeout=idle_timeout,
         )
         stream.last_seen = now
-        self._next_handle += 1
         self._by_handle[stream.handle] = self._by_name[tenant, name] = stream
         self._per_tenant[tenant] = self._per_tenant.get(tenant, 0) + 1
         self.watch(stream)

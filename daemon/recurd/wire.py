@@ -302,6 +302,8 @@ class Welcome(msgspec.Struct, kw_only=True, frozen=True):
     peer_timeout_seconds: float
     #: Device asked for, device in use, and whether the second is a fall-back.
     device: dict[str, Any]
+    #: What streams survive: ``off`` (nothing), ``process`` (the daemon's death), ``power`` (the machine's).
+    durability: str = "off"
     #: Contracts by model name, without their proofs (contract.public()).
     models: dict[str, Any]
 

@@ -6,11 +6,18 @@ from typing import Any
 
 import pytest
 
-from recurd.config import Config, Limits, Log, Model, Tick, Timeouts, ZeroMQ, load, override, split_address
+from recurd.config import Config, Durability, Limits, Log, Model, Tick, Timeouts, ZeroMQ, load, override, split_address
 from recurd.errors import ConfigError, ExitCode
 
 SHIPPED = Path(__file__).parents[2] / "deploy" / "recurd.toml"
-SECTIONS = {"limits": Limits, "tick": Tick, "timeouts": Timeouts, "zeromq": ZeroMQ, "log": Log}
+SECTIONS = {
+    "limits": Limits,
+    "tick": Tick,
+    "timeouts": Timeouts,
+    "zeromq": ZeroMQ,
+    "durability": Durability,
+    "log": Log,
+}
 
 
 def write(folder: Path, text: str) -> Path:
@@ -154,6 +161,6 @@ def test_host_and_port_are_split() -> None:
 
 
 def test_a_configuration_cannot_be_changed() -> None:
-    for struct in (Config(), Limits(), Tick(), Timeouts(), ZeroMQ(), Log(), Model(path="a")):
+    for struct in (Config(), Limits(), Tick(), Timeouts(), ZeroMQ(), Durability(), Log(), Model(path="a")):
         with pytest.raises(AttributeError):
             setattr(struct, struct.__struct_fields__[0], 1)

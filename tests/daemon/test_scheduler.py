@@ -86,7 +86,17 @@ def test_a_long_chunk_is_sliced_and_goes_to_the_end_of_the_line() -> None:
 
 def test_joining_stops_at_a_reset_and_at_the_most_steps() -> None:
     assert shape(scheduler([stream("s", [2, 3, 0, 4])]).take()) == [("s", 5)]
-    assert shape(scheduler([stream("s", [2, 3, 4])], steps=6).take()) == [("s", 6)]
+    assert shape(scheduler([stream("s", [2, 3, 4])], steps=6).take()) == [("s", 5)]
+    assert shape(scheduler([stream("s", [2, 3, 4])], steps=9).take()) == [("s", 9)]
+
+
+def test_a_row_that_finishes_a_chunk_ends_with_a_chunk() -> None:
+    one = stream("s", [8, 3, 9])
+    line = scheduler([one], steps=6)
+
+    assert shape(line.take()) == [("s", 6)]  # the first chunk, cut
+    line.add(one)
+    assert shape(line.take()) == [("s", 5)]  # its rest and the second, whole; the third does not fit
 
 
 @pytest.mark.parametrize("options", [{"causal": False}, {"per": "last"}], ids=["looks ahead", "last step"])

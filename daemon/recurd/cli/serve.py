@@ -12,10 +12,11 @@ EPILOG = """\b
 Examples:
   recurd serve pump.onnx
   recurd serve pump.onnx valve.onnx --bind ipc:///run/recurd/recurd.sock --device cpu
+  recurd serve pump.onnx --journal ~/pump-streams
   recurd serve --config /etc/recurd/recurd.toml --check
 \b
-Exit codes: 0 stopped as asked, 65 a model file is not good, 69 no such device, 75 an address cannot be bound,
-78 the configuration is wrong.
+Exit codes: 0 stopped as asked, 65 a model file is not good, 69 no such device, 74 the journal cannot be gone on with,
+75 an address cannot be bound, 78 the configuration is wrong.
 """
 
 
@@ -30,6 +31,13 @@ Exit codes: 0 stopped as asked, 65 a model file is not good, 69 no such device, 
 @click.option("--log-format", type=click.Choice(["keyvalue", "json"]), help="Form of the log lines.  [keyvalue]")
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), help="Least level.  [info]")
 @click.option("--insecure", is_flag=True, default=None, help="Serve beyond this machine without authentication.")
+@click.option("--journal", type=click.Path(path_type=Path), help="Folder in which streams outlive the daemon.")
+@click.option(
+    "--durability",
+    type=click.Choice(["off", "process", "power"]),
+    help="What they outlive; power syncs every commit.  [process with --journal, else off]",
+)
+@click.option("--accept-drift", is_flag=True, default=None, help="Go on with streams of other weights or runtimes.")
 @click.option("--check", is_flag=True, help="Check configuration and model files, and exit.")
 @click.pass_context
 def serve(ctx: click.Context, /, check: bool, **flags: Any) -> None:
@@ -54,6 +62,9 @@ def build_config(
     log_format: str | None,
     log_level: str | None,
     bind: tuple[str, ...],
+    journal: Path | None,
+    durability: str | None,
+    accept_drift: bool | None,
     **flags: Any,
 ) -> config.Config:
     """Defaults, then the file, then the flags that were given. Raises :class:`ConfigError`."""
@@ -63,8 +74,15 @@ def build_config(
         changes["models"] = [{"path": str(path)} for path in models]
     if bind:
         changes["bind"] = bind
-    log = {"format": log_format, "level": log_level}
-    changes["log"] = {key: value for key, value in log.items() if value is not None}
+    if journal is not None and durability is None and settings.durability.mode == "off":
+        durability = "process"
+    folder = None if journal is None else str(journal)
+    sections: dict[str, dict[str, Any]] = {
+        "log": {"format": log_format, "level": log_level},
+        "durability": {"mode": durability, "directory": folder, "accept_drift": accept_drift},
+    }
+    for name, keys in sections.items():
+        changes[name] = {key: value for key, value in keys.items() if value is not None}
     settings = config.override(settings, changes)
     if not settings.models:
         raise ConfigError("no model to serve: name a file ('recurd serve pump.onnx') or add [[models]] to the --config")

@@ -1,0 +1,129 @@
+"""Joins engine, models and journal: nothing leaves before it is saved, and a daemon goes on where the last ended."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from recurd.config import Config
+from recurd.engine import Engine
+from recurd.errors import JournalError
+from recurd.journal import Journal
+from recurd.model import Model
+from recurd.saving import Saving, is_fresh
+from recurd.stats import Stats
+from recurd.streams import Stream
+
+if TYPE_CHECKING:
+    from structlog.typing import FilteringBoundLogger
+
+#: How long to wait before a commit that failed is tried again.
+RETRY_SECONDS = 1.0
+#: Rows of states that are put on the device at once when streams are restored.
+_RESTORE_ROWS = 1024
+
+
+class Durable:
+    """Commits what changed. Owns the journal, and the answers that wait for a commit which has failed."""
+
+    def __init__(
+        self,
+        settings: Config,
+        engine: Engine,
+        models: Mapping[str, Model],
+        *,
+        stats: Stats,
+        log: "FilteringBoundLogger",
+    ) -> None:
+        """Open the journal of a ``settings.durability`` that is not off. Raises :class:`JournalError`."""
+        self._engine = engine
+        self._models = models
+        self._stats = stats
+        self._log = log
+        durability = settings.durability
+        assert durability.mode != "off"
+        self._journal = Journal(Path(durability.directory), durability.mode)
+        try:
+            stamps = {name: model.stamp for name, model in models.items()}
+            for drift in self._journal.stamp(stamps, accept_drift=durability.accept_drift):
+                log.warning("drift_accepted", reason=drift)
+        except BaseException:
+            self._journal.close()
+            raise
+        self._held: list[tuple[bytes, bytes]] = []
+        self._retry_at = 0.0
+
+    def close(self) -> None:
+        """Let go of the journal."""
+        self._journal.close()
+
+    def restore(self, now: float) -> int:
+        """Give the engine and the devices all streams of the journal; how many there were.
+
+        Raises :class:`JournalError` for a damaged one, and for more streams than there are slots.
+        """
+        count = 0
+        waiting: dict[str, list[tuple[int, bytes]]] = {name: [] for name in self._models}
+        for handle, saved, answers in self._journal.load():
+            slot = self._engine.restore(handle, saved, answers, now)
+            count += 1
+            if saved.state is not None:
+                rows = waiting[saved.model]
+                rows.append((slot, saved.state))
+                if len(rows) == _RESTORE_ROWS:
+                    self._write(saved.model, rows)
+        for name, rows in waiting.items():
+            self._write(name, rows)
+        return count
+
+    def _write(self, name: str, rows: list[tuple[int, bytes]]) -> None:
+        if rows:
+            slots = np.array([slot for slot, _ in rows], np.int64)
+            self._models[name].write_rows(slots, [row for _, row in rows])
+            rows.clear()
+
+    def commit(self, now: float) -> bool:
+        """Save what changed since the last commit; whether there was something and it worked.
+
+        A commit that fails halts the engine, and is tried again later.
+        """
+        saving = self._engine.to_save()
+        if saving is None or now < self._retry_at:
+            return False
+        try:
+            self._journal.commit(saving, self._states(saving))
+        except JournalError as error:
+            self._fail(error, now, len(saving.streams))
+            return False
+        if self._engine.halted:
+            self._log.info("journal_recovered", streams=len(saving.streams))
+        self._engine.saved()
+        return True
+
+    def _fail(self, error: JournalError, now: float, streams: int) -> None:
+        self._stats.journal_failures += 1
+        self._retry_at = now + RETRY_SECONDS
+        if not self._engine.halted:
+            self._log.error("journal_failed", reason=str(error), streams=streams)
+            self._held = self._engine.replies_to_send()
+        self._engine.halt(str(error))
+
+    def _states(self, saving: Saving) -> dict[int, bytes]:
+        """The states of streams that are to be saved, by handle; nothing for those that start fresh."""
+        by_model: dict[str, list[Stream]] = {}
+        for stream in saving.streams:
+            if not is_fresh(stream):
+                by_model.setdefault(stream.lane.name, []).append(stream)
+        states: dict[int, bytes] = {}
+        for name, streams in by_model.items():
+            rows = self._models[name].rows(np.array([stream.slot for stream in streams], np.int64))
+            states |= zip((stream.handle for stream in streams), rows, strict=True)
+        return states
+
+    def due(self) -> list[tuple[bytes, bytes]]:
+        """Routing ids and frames that may be sent: what is saved, and refusals while nothing can be."""
+        frames = self._engine.replies_to_send()
+        if self._held and not self._engine.halted:
+            frames, self._held = self._held + frames, []
+        return frames

@@ -1,0 +1,297 @@
+"""Durable streams: what a daemon that was killed goes on from. The only module with LMDB.
+
+Every round of the daemon's loop commits, in one transaction and before anything is sent, all streams whose records were
+answered in it: generation, last seq, state, and the answers that a client may ask for again. So whatever a client has
+been told stands on disk, and what it was not told has not happened.
+
+``process``: commits are in the page cache and survive the death of the process. ``power``: each is synced to the disk.
+
+The store is a folder with an LMDB environment of three tables: ``meta`` (format, and one
+:class:`~recurd.saving.Stamp` a model), ``streams`` (by handle) and ``answers`` (by handle and seq). Every value starts
+with its CRC-32, because LMDB looks at nothing but its own pages' structure. ``python -m recurd.journal FOLDER`` reads a
+whole store and says what is wrong with it.
+"""
+
+import fcntl
+import os
+import struct
+import subprocess
+import sys
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import lmdb
+import msgspec
+
+from recurd.errors import JournalError
+from recurd.saving import SavedAnswer, SavedStream, Saving, Stamp, new_answers, old_answers
+
+FORMAT = 1
+_TABLES = (b"meta", b"streams", b"answers")
+_FORMAT_KEY = b"format"
+_STAMP_PREFIX = b"model:"
+#: The store grows by doubling from here; it is sparse, and address space costs nothing.
+_FIRST_MAP_BYTES = 1 << 28
+_CRC = struct.Struct("<I")
+_HANDLE = struct.Struct(">Q")
+_ANSWER = struct.Struct(">QQ")
+#: Format (CRC aside) of an answer's value: its generation and the length of its header.
+_ANSWER_HEAD = struct.Struct("<IH")
+
+
+class Journal:
+    """The open store. Owns its folder, which no other process can open meanwhile."""
+
+    def __init__(self, folder: Path, mode: Literal["process", "power"]) -> None:
+        """Open a store, or make one. Raises :class:`JournalError`."""
+        self._folder = folder
+        self._lock = _lock(folder)
+        try:
+            check(folder)
+            self._env = _open(folder, sync=mode == "power")
+            with self._env.begin(write=True) as transaction:
+                self._meta, self._streams, self._answers = (
+                    self._env.open_db(name, txn=transaction) for name in _TABLES
+                )
+                self._check_format(transaction)
+        except BaseException:
+            self._lock.close()
+            raise
+
+    def close(self) -> None:
+        """Sync and let go of the folder."""
+        self._env.sync(True)
+        self._env.close()
+        self._lock.close()
+
+    def _check_format(self, transaction: Any) -> None:
+        found = transaction.get(_FORMAT_KEY, db=self._meta)
+        if found is None:
+            transaction.put(_FORMAT_KEY, _pack(str(FORMAT).encode()), db=self._meta)
+        elif _unpack(found, "the format") != str(FORMAT).encode():
+            raise JournalError(f"{self._folder}: holds streams in a format that is not known here")
+
+    # --- start ---
+
+    def stamp(self, stamps: Mapping[str, Stamp], *, accept_drift: bool) -> list[str]:
+        """Hold the models to be served against those the stored streams were run by, and note them.
+
+        Returns what differs and was accepted, in words. Raises :class:`JournalError` where stored streams would not be
+        resumed as they were left: by a model that is missing, whose states are others, or, without ``accept_drift``,
+        whose weights, runtime or device are others.
+        """
+        drift = []
+        with self._env.begin(write=True) as transaction:
+            in_use = {stream.model for _, stream in self._read_streams(transaction)}
+            for name in sorted(in_use):
+                stored = msgspec.json.decode(
+                    _unpack(transaction.get(_STAMP_PREFIX + name.encode(), db=self._meta), f"model '{name}'"),
+                    type=Stamp,
+                )
+                difference = self._held_against(name, stored, stamps.get(name))
+                if difference is None:
+                    continue
+                if not accept_drift:
+                    raise JournalError(
+                        f"{self._folder}: streams of model '{name}' were left by another one ({difference}); their "
+                        f"results would differ, which --accept-drift takes in its stride"
+                    )
+                drift.append(f"{name}: {difference}")
+            for name, stamp in stamps.items():
+                value = _pack(msgspec.json.encode(stamp))
+                transaction.put(_STAMP_PREFIX + name.encode(), value, db=self._meta)
+        return drift
+
+    def _held_against(self, name: str, stored: Stamp, now: Stamp | None) -> str | None:
+        if now is None:
+            raise JournalError(
+                f"{self._folder}: holds streams of model '{name}', which is not served; serve it too, or give another "
+                f"folder to start without them"
+            )
+        if now.layout != stored.layout:
+            raise JournalError(
+                f"{self._folder}: the states of model '{name}' have other types or shapes than those of its streams; "
+                f"serve the former file, or give another folder to start without them"
+            )
+        return now.difference(stored)
+
+    def load(self) -> Iterator[tuple[int, SavedStream, list[SavedAnswer]]]:
+        """All streams: handle, the stream, and its answers that were not acknowledged, oldest first.
+
+        Raises :class:`JournalError` for a store that is damaged.
+        """
+        with self._env.begin() as transaction:
+            answers: dict[int, list[SavedAnswer]] = {}
+            for handle, answer in self._read_answers(transaction):
+                answers.setdefault(handle, []).append(answer)
+            for handle, stream in self._read_streams(transaction):
+                retained = [answer for answer in answers.get(handle, []) if stream.acked < answer[0] <= stream.seq]
+                yield handle, stream, retained
+
+    def _read_streams(self, transaction: Any) -> Iterator[tuple[int, SavedStream]]:
+        for key, value in transaction.cursor(db=self._streams):
+            (handle,) = _HANDLE.unpack(key)
+            yield handle, msgspec.msgpack.decode(_unpack(value, f"stream {handle}"), type=SavedStream)
+
+    def _read_answers(self, transaction: Any) -> Iterator[tuple[int, SavedAnswer]]:
+        for key, value in transaction.cursor(db=self._answers):
+            handle, seq = _ANSWER.unpack(key)
+            data = _unpack(value, f"answer {seq} of stream {handle}")
+            generation, size = _ANSWER_HEAD.unpack_from(data)
+            start = _ANSWER_HEAD.size
+            yield handle, (seq, generation, data[start : start + size], data[start + size :])
+
+    # --- commits ---
+
+    def commit(self, saving: Saving, states: Mapping[int, bytes]) -> None:
+        """Write what changed, in one transaction; ``states`` by handle, of the streams that are not fresh.
+
+        Raises :class:`JournalError` when it cannot be written; then nothing of it was.
+        """
+        streams = [
+            (_HANDLE.pack(s.handle), _pack(msgspec.msgpack.encode(SavedStream.of(s, states.get(s.handle)))))
+            for s in saving.streams
+        ]
+        answers = [
+            (_ANSWER.pack(stream.handle, answer[0]), _pack(_answer_value(answer)))
+            for stream in saving.streams
+            for answer in new_answers(stream)
+        ]
+        gone = [_ANSWER.pack(stream.handle, seq) for stream in saving.streams for seq in old_answers(stream)]
+        for stream in saving.ended:
+            gone += [_ANSWER.pack(stream.handle, seq) for seq in range(stream.forgotten + 1, stream.saved + 1)]
+        ended = [_HANDLE.pack(stream.handle) for stream in saving.ended]
+        while True:
+            try:
+                self._write(streams, answers, gone, ended)
+                return
+            except lmdb.MapFullError:
+                self._grow()
+            except lmdb.Error as error:
+                raise JournalError(f"{self._folder}: cannot be written: {_words(error)}") from error
+
+    def _write(
+        self,
+        streams: Iterable[tuple[bytes, bytes]],
+        answers: Iterable[tuple[bytes, bytes]],
+        gone: Iterable[bytes],
+        ended: Iterable[bytes],
+    ) -> None:
+        with self._env.begin(write=True) as transaction:
+            transaction.cursor(db=self._streams).putmulti(streams)
+            transaction.cursor(db=self._answers).putmulti(answers)
+            for key in gone:
+                transaction.delete(key, db=self._answers)
+            for key in ended:
+                transaction.delete(key, db=self._streams)
+
+    def _grow(self) -> None:
+        try:
+            self._env.set_mapsize(2 * self._env.info()["map_size"])
+        except lmdb.Error as error:
+            raise JournalError(f"{self._folder}: cannot grow: {_words(error)}") from error
+
+
+def _answer_value(answer: SavedAnswer) -> bytes:
+    _, generation, header, payload = answer
+    return _ANSWER_HEAD.pack(generation, len(header)) + header + payload
+
+
+def _pack(data: bytes) -> bytes:
+    return _CRC.pack(zlib.crc32(data)) + data
+
+
+def _unpack(value: bytes | None, what: str) -> bytes:
+    """A value without its CRC. Raises :class:`JournalError` when it is not there or not what was written."""
+    if value is None or len(value) < _CRC.size or _CRC.unpack_from(value)[0] != zlib.crc32(value[_CRC.size :]):
+        raise JournalError(f"the journal is damaged: {what} is not what was written")
+    return value[_CRC.size :]
+
+
+# --- opening ---
+
+
+def _lock(folder: Path) -> Any:
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        lock = open(folder / "recurd.lock", "w")  # noqa: SIM115  # the journal closes it
+    except OSError as error:
+        raise JournalError(f"{folder}: cannot be written: {error.strerror}") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        lock.close()
+        raise JournalError(f"{folder}: another daemon keeps its streams there") from error
+    return lock
+
+
+def _open(folder: Path, *, sync: bool = True, readonly: bool = False) -> lmdb.Environment:
+    size = (folder / "data.mdb").stat().st_size if (folder / "data.mdb").exists() else 0
+    try:
+        # Not writemap: a full disk would end the process with SIGBUS instead of an error.
+        return lmdb.open(
+            str(folder),
+            max_dbs=3,
+            map_size=max(_FIRST_MAP_BYTES, 2 * size),
+            sync=sync,
+            metasync=sync,
+            readonly=readonly,
+            readahead=False,
+            meminit=False,
+            mode=0o600,
+        )
+    except lmdb.Error as error:
+        raise JournalError(f"{folder}: cannot be opened: {_words(error)}") from error
+
+
+def _words(error: Exception) -> str:
+    """What the system says, without the library's own function names."""
+    return str(error).rpartition(": ")[2]
+
+
+def check(folder: Path) -> None:
+    """Read a whole store, if there is one, in a process of its own: damaged pages end the process that reads them.
+
+    Raises :class:`JournalError` with what is wrong.
+    """
+    data = folder / "data.mdb"
+    if not data.exists():
+        return
+    if not data.stat().st_size:
+        raise JournalError(f"{folder}: the journal is damaged: data.mdb is empty")
+    command = [sys.executable, "-m", "recurd.journal", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode < 0:
+        raise JournalError(f"{folder}: the journal is damaged: reading it ends with signal {-done.returncode}")
+    if done.returncode:
+        raise JournalError(f"{folder}: {done.stderr.strip().splitlines()[-1]}")
+
+
+def _read_through(folder: Path) -> None:
+    """All of it, in this process. Raises :class:`JournalError`."""
+    env = _open(folder, readonly=True)
+    info, size = env.info(), os.path.getsize(folder / "data.mdb")
+    needed = (info["last_pgno"] + 1) * env.stat()["psize"]
+    if size < needed:
+        raise JournalError(f"the journal is damaged: data.mdb has {size} bytes, and {needed} were written")
+    try:
+        if not env.stat()["entries"]:
+            return  # made, and nothing committed
+        with env.begin() as transaction:
+            for name in _TABLES:
+                table = env.open_db(name, txn=transaction, create=False)
+                for key, value in transaction.cursor(db=table):
+                    _unpack(value, f"{name.decode()} {key.hex()}")
+    except lmdb.NotFoundError as error:
+        raise JournalError("the journal is damaged: a table is missing") from error
+    except lmdb.Error as error:
+        raise JournalError(f"the journal is damaged: {_words(error)}") from error
+
+
+if __name__ == "__main__":
+    try:
+        _read_through(Path(sys.argv[1]))
+    except JournalError as error:
+        sys.exit(str(error))

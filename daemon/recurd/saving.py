@@ -1,0 +1,140 @@
+"""Which streams stand otherwise in memory than in the journal, and how one stands there.
+
+The engine notes every stream whose answers or whose life changed; before anything of it is sent, the server takes them
+as a :class:`Saving` and hands it to :mod:`recurd.journal`. What is saved is always a stream between two of its records:
+a chunk that is only partly run has not happened.
+"""
+
+from dataclasses import dataclass
+
+import msgspec
+
+from recurd import wire
+from recurd.streams import Stream
+
+#: A retained answer: seq, generation, and the record's header and payload.
+SavedAnswer = tuple[int, int, bytes, bytes]
+
+
+class Stamp(msgspec.Struct, frozen=True):
+    """What a stored state's bits depend on."""
+
+    #: Weights, and names, types and shapes of the states (contract.state_hash).
+    state_hash: str
+    #: Types and shapes alone: where they differ, the rows cannot even be read.
+    layout: str
+    runtime: str
+    device: str
+
+    def difference(self, other: "Stamp") -> str | None:
+        """The first thing in which a stored stamp differs from this one, in words."""
+        for name, what in (("state_hash", "weights"), ("runtime", "runtime"), ("device", "device")):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if mine != theirs:
+                return f"{what} {theirs[:20]} then, {mine[:20]} now"
+        return None
+
+
+class SavedStream(msgspec.Struct, frozen=True, array_like=True):
+    """A stream as it stands in the journal."""
+
+    tenant: str
+    name: str
+    model: str
+    #: Generation when seq 1 was, and after record ``seq``.
+    first_generation: int
+    generation: int
+    #: seq of the record last answered, and last acknowledged.
+    seq: int
+    acked: int
+    idle_timeout: float
+    #: Its rows of all arenas, one after another as bytes; ``None``: it starts from the initial state.
+    state: bytes | None
+
+    @classmethod
+    def of(cls, stream: Stream, state: bytes | None) -> "SavedStream":
+        """A stream as it stands now; ``state`` is ignored for one that has taken no step since its fresh start."""
+        # Resets that wait in the queue have not happened yet.
+        resets = sum(not record.steps for record in stream.queue)
+        return cls(
+            stream.tenant,
+            stream.name,
+            stream.lane.name,
+            stream.first_generation,
+            stream.generation - resets,
+            stream.answered,
+            stream.acked,
+            stream.idle_timeout,
+            None if is_fresh(stream) else state,
+        )
+
+
+def is_fresh(stream: Stream) -> bool:
+    """Whether a stream that is to be saved stands at a fresh start.
+
+    One that is in the middle of a chunk came to be noted by its opening or a reset right before it, as a tick that
+    finishes a chunk of a row takes no part of the next one.
+    """
+    return stream.untouched or bool(stream.queue and stream.queue[0].taken)
+
+
+@dataclass(frozen=True, slots=True)
+class Saving:
+    """What has changed since the last one."""
+
+    streams: list[Stream]
+    #: Streams that have ended.
+    ended: list[Stream]
+
+
+class Unsaved:
+    """Streams that are to be saved. Owned by the engine; does nothing where nothing is durable."""
+
+    def __init__(self, durable: bool) -> None:
+        self._durable = durable
+        self._streams: dict[int, Stream] = {}
+        self._ended: list[Stream] = []
+
+    def note(self, stream: Stream) -> None:
+        """A stream began, or a record of it was answered."""
+        if self._durable:
+            self._streams[stream.handle] = stream
+
+    def end(self, stream: Stream) -> None:
+        """A stream ended."""
+        if self._durable:
+            self._streams.pop(stream.handle, None)
+            self._ended.append(stream)
+
+    def take(self) -> Saving | None:
+        """All of them; ``None`` when there are none. They stay noted until :meth:`saved`."""
+        if not self._streams and not self._ended:
+            return None
+        return Saving(list(self._streams.values()), self._ended)
+
+    def saved(self) -> None:
+        """What was taken last stands in the journal; nothing was noted since."""
+        for stream in self._streams.values():
+            stream.forgotten = min(stream.acked, stream.saved)
+            stream.saved = stream.answered
+        self._streams, self._ended = {}, []
+
+
+def new_answers(stream: Stream) -> list[SavedAnswer]:
+    """Answers that are not in the journal yet."""
+    return [
+        (seq, generation, header, bytes(payload))
+        for seq, generation, (header, payload) in stream.answers
+        if seq > stream.saved
+    ]
+
+
+def old_answers(stream: Stream) -> range:
+    """Numbers of the answers that are in the journal and were acknowledged since."""
+    return range(stream.forgotten + 1, min(stream.acked, stream.saved) + 1)
+
+
+def answer(saved: SavedAnswer) -> tuple[int, int, wire.Record]:
+    """The answer as a stream retains it."""
+    seq, generation, header, payload = saved
+    return seq, generation, (header, payload)
