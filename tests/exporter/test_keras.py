@@ -34,13 +34,11 @@ def model_of(*layers: Any, shape: tuple[int | None, ...] = (None, 4), **options:
 def drawn(model: Any, seed: int = 0) -> Any:
     """The model with every weight drawn anew, so that biases and statistics count."""
     random = np.random.default_rng(seed)
-    values = []
     for weight in model.weights:
-        low = 0.5 if "variance" in weight.path else -0.7
-        if "normalization/" in weight.path and "count" in weight.path:
-            continue
-        values.append(random.uniform(low, low + 1.4, tuple(weight.shape)).astype(np.float32))
-    model.set_weights(values)
+        kind = weight.path.rpartition("/")[2]
+        if kind not in ("mean", "variance", "count"):  # a Normalization's, which it has read already
+            low = 0.5 if kind == "moving_variance" else -0.7
+            weight.assign(random.uniform(low, low + 1.4, tuple(weight.shape)).astype(np.float32))
     return model
 
 
@@ -64,11 +62,14 @@ def close(got: np.ndarray, wanted: np.ndarray) -> None:
 
 # --- layers, one by one ---
 
-ACTIVATIONS = (
-    "linear relu relu6 leaky_relu elu celu selu gelu silu mish softplus softsign sigmoid log_sigmoid hard_sigmoid "
-    "hard_silu hard_tanh tanh tanh_shrink exponential softmax log_softmax"
-).split()
-RECURRENT_ACTIVATIONS = "tanh sigmoid relu hard_sigmoid linear elu leaky_relu softplus softsign".split()
+ACTIVATIONS = [
+    *("linear", "relu", "relu6", "leaky_relu", "elu", "celu", "selu", "gelu", "silu", "mish", "softplus", "softsign"),
+    *("sigmoid", "log_sigmoid", "hard_sigmoid", "hard_silu", "hard_tanh", "tanh", "tanh_shrink", "exponential"),
+    *("softmax", "log_softmax"),
+]
+RECURRENT_ACTIVATIONS = [
+    *("tanh", "sigmoid", "relu", "hard_sigmoid", "linear", "elu", "leaky_relu", "softplus", "softsign"),
+]
 
 
 def adapted(**options: Any) -> Any:

@@ -93,16 +93,17 @@ def _check_model(model: Any) -> None:
             f"model '{model.name}' has {len(model.inputs)} inputs ({names}), and a stream has one; join them"
         )
 
+    shape = list(model.inputs[0].shape)
+    if len(shape) < 2:
+        raise ExportError(f"the model's input is {shape}; it must be [batch, time, ...]")
+    if any(size is None for size in shape[2:]):
+        raise ExportError(f"the model's input is {shape}; all but batch and time must be of a fixed size")
+
 
 def _example(model: Any, takes_ids: bool) -> Tensor:
     """An input ``[batch, time, ...]`` of the model's sizes."""
     given = model.inputs[0]
-    shape = tuple(given.shape)
-    if len(shape) < 2:
-        raise ExportError(f"the model's input is {list(shape)}; it must be [batch, time, ...]")
-    if any(size is None for size in shape[2:]):
-        raise ExportError(f"the model's input is {list(shape)}; all but batch and time must be of a fixed size")
-    sizes = (BATCH, STEPS, *shape[2:])
+    sizes = (BATCH, STEPS, *given.shape[2:])
     if takes_ids:
         return torch.zeros(sizes, dtype=torch.int64)
     if not given.dtype.startswith(("float", "bfloat")):

@@ -66,8 +66,6 @@ def _normalization(place: Place) -> Built:
     import keras
 
     layer = place.layer
-    if layer.mean is None:
-        raise ExportError(f"{place.label} has no statistics yet; call its adapt(), or give it mean and variance")
     least = float(keras.config.epsilon())
     mean, variance = (_spread(place, as_array(value)) for value in (layer.mean, layer.variance))
     spread = variance.sqrt().clamp(min=least)

@@ -1,0 +1,424 @@
+"""What a Keras model or file cannot be exported with is said in one sentence."""
+
+import json
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+import recurd_export
+from recurd.cli import main
+from recurd_export.errors import ExportError, ExportUsageError
+from recurd_export.facts import Facts
+from recurd_export.keras import front
+from recurd_export.keras.arrays import as_array
+from recurd_export.keras.load import import_keras, load
+
+keras = import_keras()
+L = keras.layers
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),  # of Keras' own get_weights()
+]
+
+
+def model_of(*layers: Any, shape: tuple[int | None, ...] = (None, 4), **options: Any) -> Any:
+    return keras.Sequential([keras.Input(shape, **options), *layers])
+
+
+def refusal(source: Any) -> str:
+    """The sentence an export ends with."""
+    with pytest.raises(ExportError) as error:
+        front(source)(Facts(name="net"), lambda stage: None)
+    sentence = str(error.value)
+    assert "\n" not in sentence
+    return sentence
+
+
+class Doubled(keras.layers.Layer):
+    def call(self, x: Any) -> Any:
+        return x * 2
+
+
+class Cell(keras.layers.Layer):
+    """A cell of one's own."""
+
+    state_size = 4
+
+    def call(self, x: Any, states: Any) -> Any:
+        return states[0], [states[0]]
+
+
+class Subclassed(keras.Model):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = L.LSTM(3)
+
+    def call(self, x: Any) -> Any:
+        return self.rnn(x)
+
+
+class Overridden(keras.Model):
+    """Functional, but for what it does when it is called."""
+
+    def call(self, x: Any) -> Any:
+        return super().call(x) * 2
+
+
+def functional(build: Callable[[Any], Any], shape: tuple[int | None, ...] = (None, 4)) -> Any:
+    x = keras.Input(shape)
+    return keras.Model(x, build(x))
+
+
+def two_inputs() -> Any:
+    one, other = keras.Input((None, 4), name="one"), keras.Input((None, 4), name="other")
+    return keras.Model([one, other], L.LSTM(3)(L.Add()([one, other])))
+
+
+def encoder_decoder() -> Any:
+    def build(x: Any) -> Any:
+        _, h, c = L.LSTM(3, return_state=True)(x)
+        return L.LSTM(3, return_sequences=True, name="decoder")(x, initial_state=[h, c])
+
+    return functional(build)
+
+
+def called_twice() -> Any:
+    rnn = L.GRU(4, return_sequences=True, name="shared")
+    return functional(lambda x: rnn(rnn(x)))
+
+
+def overridden() -> Any:
+    x = keras.Input((None, 4))
+    return Overridden(x, L.LSTM(3)(x))
+
+
+MODELS: dict[str, tuple[Callable[[], Any], str]] = {
+    "no recurrent layer": (lambda: model_of(L.Dense(3)), "has no recurrent layer"),
+    "subclassed": (Subclassed, "Subclassed is a subclassed model, whose code cannot be looked into; build it with"),
+    "a call of its own": (overridden, "Overridden is a subclassed model"),
+    "not built": (lambda: keras.Sequential([L.LSTM(3)]), "is not built yet, or Keras cannot follow it"),
+    "several inputs": (two_inputs, "has 2 inputs ('one', 'other'), and a stream has one; join them"),
+    "masking": (
+        lambda: model_of(L.Masking(), L.LSTM(3)),
+        "(Masking) leaves out steps by their value, and the exported file leaves out none",
+    ),
+    "mask_zero": (
+        lambda: model_of(L.Embedding(5, 3, mask_zero=True), L.LSTM(3), shape=(None,)),
+        "has mask_zero=True, which leaves out steps of id 0",
+    ),
+    "lambda": (lambda: model_of(L.Lambda(lambda x: x * 2), L.LSTM(3)), "(Lambda) is code that is not looked into"),
+    "a layer of one's own": (
+        lambda: model_of(Doubled(name="twice"), L.LSTM(3)),
+        "layer 'twice' (Doubled) is a layer of your own, whose code cannot be looked into; build the model of Keras'",
+    ),
+    "a cell of one's own": (lambda: model_of(L.RNN(Cell())), "has a cell of its own (Cell)"),
+    "a stack of cells": (
+        lambda: model_of(L.RNN(L.StackedRNNCells([L.LSTMCell(3), L.LSTMCell(3)]))),
+        "has a stack of cells; make each a layer of its own",
+    ),
+    "backwards": (lambda: model_of(L.GRU(3, go_backwards=True)), "(GRU) goes backwards over time"),
+    "halves of two kinds": (
+        lambda: model_of(
+            L.Bidirectional(
+                L.LSTM(3, activation="relu"), backward_layer=L.LSTM(3, activation="tanh", go_backwards=True)
+            )
+        ),
+        "has halves of different kinds",
+    ),
+    "an initial state": (encoder_decoder, "layer 'decoder' (LSTM) is given its initial state by another layer"),
+    "one layer twice": (called_twice, "layer 'shared' (GRU) is called twice, and as a stateful layer it has one state"),
+    "an activation ONNX lacks": (
+        lambda: model_of(L.LSTM(3, activation="gelu")),
+        "has the activation 'gelu', which ONNX's recurrent nodes do not know; train it with one of tanh, sigmoid",
+    ),
+    "an activation of one's own": (
+        lambda: model_of(L.LSTM(3), L.Dense(2, activation=lambda x: x * 2)),
+        "<lambda>', which cannot be exported; those that can are linear, relu",
+    ),
+    "pooling": (
+        lambda: model_of(L.LSTM(3, return_sequences=True), L.GlobalAveragePooling1D()),
+        "(GlobalAveragePooling1D) pools over time, so results would depend on how a stream is cut into chunks",
+    ),
+    "attention": (
+        lambda: functional(lambda x: L.Attention()([L.LSTM(4, return_sequences=True)(x), x])),
+        "(Attention) looks at every step of a sequence",
+    ),
+    "an unknown layer": (
+        lambda: model_of(L.UpSampling1D(2), L.LSTM(3)),
+        "(UpSampling1D) cannot be exported; build the model of Keras' own layers",
+    ),
+    "repeat": (
+        lambda: model_of(L.LSTM(3), L.RepeatVector(4), L.LSTM(3)),
+        "(RepeatVector) makes time steps of one",
+    ),
+    "a second time axis": (
+        lambda: model_of(L.TimeDistributed(L.LSTM(3, name="inner")), L.LSTM(3), shape=(None, 5, 2)),
+        "layer 'inner' (LSTM) runs over an axis that is not the stream's time",
+    ),
+    "flatten over time": (
+        lambda: model_of(L.LSTM(3, return_sequences=True), L.Flatten(), L.Dense(2), shape=(6, 4)),
+        "(Flatten) makes one row of all time steps, so chunks of a stream would not fit together; wrap it in",
+    ),
+    "reshape over time": (
+        lambda: model_of(L.Reshape((3, 8)), L.LSTM(3), shape=(6, 4)),
+        "makes steps of [3, 8] from [6, 4], so a step would not be a step any more",
+    ),
+    "permute": (
+        lambda: model_of(L.Permute((2, 1)), L.LSTM(3), shape=(6, 4)),
+        "(Permute) swaps time with another axis",
+    ),
+    "normalization over time": (
+        lambda: model_of(L.LayerNormalization(axis=1), L.LSTM(3), shape=(6, 4)),
+        "(LayerNormalization) works along time",
+    ),
+    "softmax over the batch": (
+        lambda: model_of(L.LSTM(3), L.Softmax(axis=0)),
+        "(Softmax) works along the batch",
+    ),
+    "numbers for every step": (
+        lambda: model_of(L.PReLU(), L.LSTM(3), shape=(6, 4)),
+        "(PReLU) has numbers of its own for every step of a sequence",
+    ),
+    "steps with rows": (
+        lambda: functional(lambda x: L.Add()([L.LSTM(4, return_sequences=True)(x), L.LSTM(4)(x)])),
+        "(Add) joins something that has time steps with something that has none",
+    ),
+    "a step in the middle": (
+        lambda: functional(lambda x: L.LSTM(3, return_sequences=True)(x)[:, 2], (6, 4)),
+        "cuts a part out of batch or time; of time only the last step can be picked",
+    ),
+    "an operation that is not known": (
+        lambda: functional(lambda x: keras.ops.cumsum(L.LSTM(3, return_sequences=True)(x), axis=1)),
+        "of keras.ops cannot be exported; use a layer of keras.layers for it",
+    ),
+    "a constant that is no number": (
+        lambda: functional(lambda x: L.LSTM(3)(x) + np.ones(3, np.float32)),
+        "takes a constant that is not a number",
+    ),
+    "open sizes": (
+        lambda: model_of(L.TimeDistributed(L.GlobalMaxPooling1D()), L.LSTM(3), shape=(None, None, 2)),
+        "all but batch and time must be of a fixed size",
+    ),
+    "no time": (lambda: model_of(L.Reshape((1, 1)), L.LSTM(3), shape=()), "it must be [batch, time, ...]"),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_that_cannot_be_exported_is_refused_with_its_reason(name: str) -> None:
+    build, reason = MODELS[name]
+
+    assert reason in refusal(build())
+
+
+def test_integers_must_be_ids() -> None:
+    assert "the model's input is int32, but does not go into an Embedding alone" in refusal(
+        model_of(L.Rescaling(0.5), L.LSTM(3), dtype="int32")
+    )
+
+
+def test_what_is_no_model_is_refused() -> None:
+    assert "LSTM is no model" in refusal(L.LSTM(3))
+
+
+def test_a_quantised_model_is_refused() -> None:
+    model = model_of(L.LSTM(3), L.Dense(8, name="out"))
+    model.get_layer("out").quantize("int8")
+
+    assert "layer 'out' (Dense) is quantised" in refusal(model)
+
+
+def test_a_model_keras_cannot_build_stateful_is_refused(tmp_path: Path) -> None:
+    model = model_of(L.LSTM(3))
+    model.layers[0].get_config = dict
+
+    with pytest.raises(ExportError, match="Keras cannot build the model anew with stateful=True and a batch of"):
+        recurd_export.export(model, None, tmp_path / "net.onnx")
+    assert not any(tmp_path.iterdir())
+
+
+# --- files ---
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same model as ``net.keras`` and ``net.h5``."""
+    folder = tmp_path_factory.mktemp("files")
+    model = model_of(L.LSTM(3, return_sequences=True, stateful=True, name="lstm"), L.Dense(2), batch_size=2)
+    for name in ("net.keras", "net.h5"):
+        model.save(folder / name)
+    return folder
+
+
+def changed(source: Path, target: Path, change: Callable[[bytearray], Any]) -> Path:
+    data = bytearray(source.read_bytes())
+    change(data)
+    target.write_bytes(data)
+    return target
+
+
+def saved(folder: Path, name: str, *layers: Any) -> Path:
+    model_of(*layers).save(folder / name)
+    return folder / name
+
+
+BROKEN: dict[str, tuple[Callable[[Path, Path], Path], str]] = {
+    "text": (
+        lambda files, tmp: changed(files / "net.h5", tmp / "a.keras", lambda d: d.__setitem__(slice(0, 4), b"text")),
+        "is not a Keras file",
+    ),
+    "empty": (lambda files, tmp: changed(files / "net.h5", tmp / "a.h5", bytearray.clear), "is not a Keras file"),
+    "cut off": (
+        lambda files, tmp: changed(
+            files / "net.keras", tmp / "a.keras", lambda d: d.__delitem__(slice(len(d) // 2, None))
+        ),
+        "is cut off or damaged",
+    ),
+    "cut off hdf5": (
+        lambda files, tmp: changed(files / "net.h5", tmp / "a.h5", lambda d: d.__delitem__(slice(len(d) // 2, None))),
+        "is cut off or damaged",
+    ),
+    "damaged": (
+        lambda files, tmp: changed(
+            files / "net.keras", tmp / "a.keras", lambda d: d.__setitem__(slice(len(d) // 2, len(d) // 2 + 9), bytes(9))
+        ),
+        "cannot load it",
+    ),
+    "lambda": (
+        lambda files, tmp: saved(tmp, "a.keras", L.LSTM(3), L.Lambda(lambda x: x * 2, name="twice")),
+        "layer 'twice' (Lambda) is code, and code in files is not run",
+    ),
+    "lambda in hdf5": (
+        lambda files, tmp: saved(tmp, "a.h5", L.LSTM(3), L.Lambda(lambda x: x * 2, name="twice")),
+        "layer 'twice' (Lambda) is code, and code in files is not run",
+    ),
+    "a layer of one's own": (
+        lambda files, tmp: saved(tmp, "a.keras", L.LSTM(3), Doubled(name="twice")),
+        "needs the class 'Doubled' (layer 'twice'), which is not Keras' own and whose code is not in the file",
+    ),
+    "a layer of one's own in hdf5": (
+        lambda files, tmp: saved(tmp, "a.h5", L.LSTM(3), Doubled(name="twice")),
+        "needs the class 'Doubled' (layer 'twice'), which is not Keras' own and whose code is not in the file",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_file_that_cannot_be_loaded_is_refused_in_one_sentence(files: Path, tmp_path: Path, name: str) -> None:
+    make, reason = BROKEN[name]
+    path = make(files, tmp_path)
+
+    sentence = refusal(path)
+
+    assert sentence.startswith(f"{path}: ")
+    assert reason in sentence
+
+
+def test_a_file_that_is_not_there_is_wrong_usage(tmp_path: Path) -> None:
+    with pytest.raises(ExportUsageError, match=r"none\.keras: cannot be read: No such file"):
+        load(tmp_path / "none.keras")
+
+
+def test_weights_alone_are_no_model(files: Path, tmp_path: Path) -> None:
+    load(files / "net.keras").save_weights(tmp_path / "net.weights.h5")
+
+    assert "holds weights only; write the whole model with model.save" in refusal(tmp_path / "net.weights.h5")
+
+
+@pytest.mark.parametrize(("left_out", "reason"), [("config.json", "no Keras file"), ("model.weights.h5", "no weights")])
+def test_a_zip_file_must_have_both_parts(files: Path, tmp_path: Path, left_out: str, reason: str) -> None:
+    with zipfile.ZipFile(files / "net.keras") as old, zipfile.ZipFile(tmp_path / "net.keras", "w") as new:
+        for name in old.namelist():
+            if name != left_out:
+                new.writestr(name, old.read(name))
+
+    assert reason in refusal(tmp_path / "net.keras")
+
+
+def test_a_loss_of_ones_own_in_a_file_is_not_needed(tmp_path: Path) -> None:
+    def loss(wanted: Any, got: Any) -> Any:
+        return keras.ops.mean(wanted - got)
+
+    model = model_of(L.LSTM(3))
+    model.compile("adam", loss)
+    model.save(tmp_path / "net.keras")
+
+    assert len(load(tmp_path / "net.keras").layers) == 1
+
+
+def test_hdf5_files_of_keras_2_are_loaded(files: Path, tmp_path: Path) -> None:
+    """As Keras 2.15 wrote them: ``batch_input_shape``, ``time_major``, classes without modules."""
+    path = changed(files / "net.h5", tmp_path / "net.h5", lambda data: None)
+    with h5py.File(path, "r+") as file:
+        config = json.loads(file.attrs["model_config"])
+        for layer in config["config"]["layers"]:
+            options = layer["config"]
+            if layer["class_name"] == "InputLayer":
+                options["batch_input_shape"] = options.pop("batch_shape")
+            if layer["class_name"] == "LSTM":
+                options |= {"time_major": False, "implementation": 2}
+            options["dtype"] = "float32"
+            for key in ("module", "registered_name", "build_config"):
+                layer.pop(key, None)
+        file.attrs["model_config"] = json.dumps(config)
+        file.attrs["keras_version"] = "2.15.0"
+    x = np.random.default_rng(0).standard_normal((2, 5, 4)).astype(np.float32)
+
+    model, same = load(path), load(files / "net.h5")
+
+    np.testing.assert_array_equal(as_array(model(x).detach()), as_array(same(x).detach()))
+
+
+def test_the_command_exports_a_file(files: Path, tmp_path: Path) -> None:
+    done = CliRunner().invoke(main, ["export", str(files / "net.h5"), "--out", str(tmp_path / "net.onnx")])
+
+    assert done.exit_code == 0, done.output
+    assert "lstm.h_l0, lstm.c_l0" in done.output
+
+
+# --- Keras itself ---
+
+
+@pytest.mark.parametrize(
+    ("found", "reason"),
+    [
+        (None, r"a Keras model needs Keras 3, and it cannot be imported \(.*\); install the extra 'keras'"),
+        (SimpleNamespace(__version__="2.15.0"), "a Keras model needs Keras 3, and this is Keras 2.15.0"),
+    ],
+)
+def test_keras_3_is_needed(monkeypatch: pytest.MonkeyPatch, found: Any, reason: str) -> None:
+    monkeypatch.setitem(sys.modules, "keras", found)
+
+    with pytest.raises(ExportUsageError, match=reason):
+        import_keras()
+
+
+def test_keras_comes_with_its_torch_back_end_where_the_one_asked_for_is_not_there() -> None:
+    code = (
+        "import os; os.environ['KERAS_BACKEND'] = 'tensorflow'\n"
+        "from recurd_export.keras.load import import_keras\n"
+        "print(import_keras().config.backend(), os.environ['KERAS_BACKEND'])"
+    )
+
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+
+    assert done.stdout == "torch tensorflow\n", done.stderr
+
+
+def test_the_export_of_a_torch_module_imports_no_keras() -> None:
+    code = (
+        "import sys, torch, recurd_export, recurd_export.pytorch.front, recurd_export.sources as s\n"
+        "s.front_end(torch.nn.LSTM(2, 3), torch.zeros(2, 3, 2)); print('keras' in sys.modules)"
+    )
+
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+
+    assert done.stdout == "False\n"
