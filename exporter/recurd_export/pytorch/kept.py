@@ -94,8 +94,8 @@ def _carried(first: Run, second: Run, held: list[Tensor]) -> list[Tensor]:
         for number, given in enumerate(call.given or ()):
             left = earlier.left[number] if earlier is not None else given.new_empty(0)
             started = earlier.given[number] if earlier is not None and earlier.given else torch.zeros_like(given)
-            is_held = bool(call.taken) and not torch.equal(given, started) and _among(given, held)
-            if is_held or _among(given, [left]):
+            is_held = bool(call.taken) and _among(given, held)
+            if not _among(given, [started]) and (is_held or _among(given, [left])):
                 found.append(given)
     return found
 

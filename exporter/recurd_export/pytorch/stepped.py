@@ -14,9 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from recurd_export.pytorch.arguments import BATCH, STEPS
 from recurd_export.pytorch.hoist import Carried, Hoisted
 from recurd_export.pytorch.layout import Layout
 from recurd_export.pytorch.recurrence import Recurrence
+from recurd_export.pytorch.starts import Made, Replaced
 
 
 class Stepped(Hoisted):
@@ -26,12 +28,13 @@ class Stepped(Hoisted):
     note = "the model runs step by step (Scan), which is slower than fused layers"
 
     def __init__(self, model: nn.Module, layout: Layout, *, seen: bool = False) -> None:
-        """``seen``: the loop itself uses the state that it hands to a cell (``h = h + cell(x, h)``).
-
-        Then the state is written into the tensor that the loop starts from.
-        """
+        """``seen``: the loop itself uses the state that it hands to a cell (``h = h + cell(x, h)``)."""
         super().__init__(model, layout)
-        self._seen = seen
+        #: By the number of steps run: which call of torch makes what the loop starts from, and for which state.
+        self._starts: dict[int, dict[int, str]] = {1: {}, 2: {}}
+        self._given: dict[str, Tensor] = {}
+        if seen:
+            self._find_starts()
 
     def forward(self, input: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
         """See the class."""
@@ -52,11 +55,24 @@ class Stepped(Hoisted):
         """Heads of the first of so many steps that are all the same."""
         by_name = self.by_name(input.shape[0], states)
         self._carried = Carried(torch.zeros(0), by_name, (input.shape[0], steps))
-        heads = self.heads(torch.stack([input] * steps, 1))
+        x = torch.stack([input] * steps, 1)
+        with Replaced({number: by_name[name] for number, name in self._starts[steps].items()}):
+            heads = self.heads(x)
         return [
             tensor.select(1, 0) if head.per == "step" else tensor
             for head, tensor in zip(self.layout.heads, heads, strict=True)
         ]
+
+    def _find_starts(self) -> None:
+        x, *states = self.example(BATCH, STEPS)[0]
+        for steps in (1, 2):
+            by_name = self.by_name(BATCH, states)
+            self._carried = Carried(torch.zeros(0), by_name, (BATCH, steps))
+            whole = torch.stack([x] * steps, 1)
+            with Made() as made:
+                self.heads(whole)
+            numbers = {name: made.number_of(tensor) for name, tensor in self._given.items()}
+            self._starts[steps] = {number: name for name, number in numbers.items() if number is not None}
 
     def last_steps(self, x: Tensor, steps: int, time_axis: int) -> Tensor:
         """See :meth:`Hoisted.last_steps`: those after the first of the steps that are run."""
@@ -68,10 +84,6 @@ class Stepped(Hoisted):
         of_one = self._cell if recurrences[0].cell else self._layer
         module.forward = of_one(path, module, recurrences)
 
-    def is_seen(self, hx: Any) -> bool:
-        """Whether the state must be written into what a loop starts from."""
-        return self._seen and hx is not None
-
     def _cell(self, path: str, module: Any, recurrences: list[Recurrence]) -> Any:
         (recurrence,), hoisted, own = recurrences, self, module.forward
         names = recurrence.state_names(0)
@@ -81,10 +93,9 @@ class Stepped(Hoisted):
             number = carried.calls[path]
             carried.calls[path] += 1
             if number == 0:
-                given = [carried.states[name] for name in names]
-                for started, state in zip(_parts(hx) if hoisted.is_seen(hx) else (), given, strict=False):
-                    started.copy_(state)
-                left = own(input, _pair(given))
+                if hx is not None:
+                    hoisted._given |= dict(zip(names, _parts(hx), strict=True))
+                left = own(input, _pair([carried.states[name] for name in names]))
                 carried.next |= dict(zip(names, _parts(left), strict=True)) if recurrence.plain else {}
                 return left
             if number == 1 and not recurrence.plain:

@@ -33,8 +33,9 @@ def choose(model: nn.Module, layout: Layout) -> Hoisted:
     if not layout.causal:
         raise ExportError(_looks_ahead(model, layout))
     for seen in (False, True):
-        if _agrees(Stepped(model, layout, seen=seen), model, layout):
-            return Stepped(model, layout, seen=seen)
+        hoisted = Stepped(model, layout, seen=seen)
+        if _agrees(hoisted, model, layout):
+            return hoisted
     layer = mixing_module(model, layout)
     if layer is not None:
         raise ExportError(f"{layer} mixes time steps, so results would depend on how a stream is cut into chunks")
