@@ -136,15 +136,6 @@ class Loop(Net):
         return torch.cat(parts, 1)
 
 
-class Cell(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.cell = nn.LSTMCell(5, 6)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.stack([self.cell(x[:, t])[0] for t in range(x.shape[1])], 1)
-
-
 class Decoder(nn.Module):
     def __init__(self, how: str) -> None:
         super().__init__()
@@ -223,23 +214,17 @@ OTHERS: dict[str, tuple[Callable[[], nn.Module], Any, str]] = {
     "no recurrent layer": (
         lambda: nn.Sequential(nn.Linear(5, 6)),
         EXAMPLE,
-        "no recurrent layer (nn.LSTM, nn.GRU, nn.RNN) was found in Sequential",
+        "no recurrent layer (nn.LSTM, nn.GRU, nn.RNN), no cell and no convolution over time was found in Sequential;",
     ),
-    "only cells": (Cell, EXAMPLE, "found in Cell; cells (layer 'cell' (LSTMCell)) are not supported yet"),
-    "cells beside a layer": (
+    "a cell beside a layer": (
         lambda: Net(lambda net, x: x + net.layer(x[:, 0])[:, None], layer=nn.RNNCell(5, 5)),
         EXAMPLE,
-        "layer 'layer' (RNNCell) is a cell that takes one step a call, which is not supported yet; use nn.RNN",
+        "layer 'layer' (RNNCell) is called once for 11 steps; a cell must be called once a step",
     ),
     "a layer that is never called": (
         lambda: _Unused(),
         EXAMPLE,
         "_Unused has recurrent layers, but its forward calls none of them",
-    ),
-    "projections": (
-        lambda: nn.LSTM(5, 6, proj_size=3, batch_first=True),
-        EXAMPLE,
-        "the model itself (LSTM) has proj_size=3: ONNX has no such projection",
     ),
     "a subclass": (
         lambda: nn.Sequential(Subclass(5, 6, batch_first=True)),

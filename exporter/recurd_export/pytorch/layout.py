@@ -232,7 +232,8 @@ def _often(model: nn.Module, call: Call) -> str:
         path for path, module in model.named_modules(remove_duplicate=False) if module is model.get_submodule(call.path)
     ]
     others = [f"'{path}'" for path in paths if path != call.path]
-    what = f"{call.label} is called {call.steps} times for {STEPS} steps"
+    times = "once" if call.steps == 1 else f"{call.steps} times"
+    what = f"{call.label} is called {times} for {STEPS} steps"
     if others:
         return (
             f"{what}: it is {' and '.join(others)} too, and one cell has one state; give each place a cell of its own"
