@@ -166,7 +166,7 @@ USAGE = ("does not name", "names a file", "there is no module", "has no 'missing
         (["MODULE:text"], "is a str, not a factory of modules"),
         (["MODULE:fails"], "failed: RuntimeError: no such luck"),
         (["MODULE:number"], "gives an int; it must give a torch.nn.Module, or one and an example"),
-        (["MODULE:plain"], "no recurrent layer (nn.LSTM, nn.GRU, nn.RNN) was found in Sequential"),
+        (["MODULE:plain"], "no cell and no convolution over time was found in Sequential"),
         (["MODULE:convolution"], "no example is given, and it cannot be guessed from layer '0' (Conv1d)"),
         (["MODULE:Net", "--weights", "none.pt"], "none.pt: cannot be read: No such file or directory"),
         (["MODULE:Net", "--weights", "noise.pt"], "noise.pt: is not a file of weights"),
