@@ -246,18 +246,17 @@ MODELS: dict[str, tuple[Build, list[str], list[str]]] = {
         ["both"],
         ["both.h_l0", "both.c_l0"],
     ),
-    "token ids": (
-        lambda: model_of(
-            L.Embedding(9, 4), L.GRU(5, return_sequences=True, name="a"), L.Dense(9, name="out"), shape=(None,)
-        ),
-        ["out"],
-        ["a.h_l0"],
-    ),
     "every activation": (every_activation, [], []),
     "several outputs": (several_outputs, ["last", "state", "z"], ["first.h_l0", "first.c_l0", "second.h_l0"]),
     "models in a model": (nested, ["out"], []),
     "everything around": (everything_around, [], []),
 }
+
+
+@pytest.fixture(autouse=True)
+def _short_long_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keras takes its time over thousands of steps."""
+    monkeypatch.setattr("recurd_export.drift.STEPS", 200)
 
 
 @pytest.fixture(scope="module")

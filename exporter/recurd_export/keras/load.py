@@ -151,7 +151,7 @@ def _check_classes(keras: Any, path: Path, config: Any) -> None:
         elif "registered_name" in node:
             is_own = not isinstance(registered, str)
         else:  # as HDF5 files have it, which say no more than the class of a layer
-            is_own = "name" not in (node.get("config") or {}) or hasattr(keras.layers, name) or name in _MODELS
+            is_own = "name" not in (node.get("config") or {}) or hasattr(keras.layers, str(name)) or name in _MODELS
         if isinstance(name, str) and not is_own:
             raise ExportError(f"{path}: {_of_your_own(node)}")
 
