@@ -358,6 +358,58 @@ def test_a_float64_model_gets_what_streams_send_as_float32(tmp_path: Path) -> No
     assert (contract.input.dtype, contract.states[0].dtype) == ("float32", "float64")
 
 
+def test_a_model_that_does_not_take_any_number_is_given_examples(tmp_path: Path, plain_run: Any) -> None:
+    """It takes logarithms; the context is put in front of the example's steps as of a stream's."""
+    path = save(
+        tmp_path / "log.onnx",
+        [node("Add", "x fog", "xx"), node("Log", "xx", "y"), node("Add", "y h", "h_out")],
+        [port("x", ["n", None]), port("h", ["n", 3])],
+        [port("y", ["n", 3]), port("h_out", ["n", 3])],
+        {"fog": np.float32(1e-3)},
+    )
+    steps = np.random.default_rng(0).uniform(1, 2, (9, 2)).astype(np.float32)
+    np.save(tmp_path / "steps.npy", steps)
+    adopted = plain_run(
+        adopt(path, tmp_path / "adopted.onnx", Adoption(example=str(tmp_path / "steps.npy"), context=1)).path
+    )
+    signal = np.concatenate([[0], steps[:, 1]])[:9]
+    windows = np.concatenate([signal[:, None], steps], axis=1)
+    found = adopted.chunks(steps[None], [4])[0]["y"][0]
+    np.testing.assert_allclose(found, np.log(windows + 1e-3), rtol=0, atol=1e-5)
+
+
+def test_a_constant_with_a_batch_axis_is_repeated_for_every_row(tmp_path: Path, plain_run: Any) -> None:
+    path = save(
+        tmp_path / "speaker.onnx",
+        [node("Add", "x h", "h_out"), node("Concat", "h_out speaker", "y", axis=1)],
+        [port("x", ["n", 2]), port("h", ["n", 2]), port("speaker", ["n", 3])],
+        [port("y", ["n", 5]), port("h_out", ["n", 2])],
+    )
+    adopted = plain_run(adopt(path, tmp_path / "adopted.onnx", Adoption(constants={"speaker": [1, 2, 3]})).path)
+    found = adopted.run(np.ones((2, 4, 2), np.float32), adopted.initial(2))[0]["y"]
+    np.testing.assert_array_equal(found[1], [[step, step, 1, 2, 3] for step in (1, 2, 3, 4)])
+
+
+def test_float16_states_and_heads_are_kept(tmp_path: Path) -> None:
+    """The runtime rounds to float16 where it likes, so the bound is wider, and cuts are held apart."""
+    nodes = [
+        node("Cast", "x", "small", to=onnx.TensorProto.FLOAT16),
+        node("Mul", "h half", "faded"),
+        node("Add", "small faded", "h_out"),
+        node("Cast", "h_out", "y", to=onnx.TensorProto.FLOAT),
+    ]
+    path = save(
+        tmp_path / "half.onnx",
+        nodes,
+        [port("x", ["n", 2]), port("h", ["n", 2], "float16")],
+        [port("y", ["n", 2]), port("h_out", ["n", 2], "float16")],
+        {"half": np.float16(0.5)},
+    )
+    report = adopt(path, tmp_path / "adopted.onnx")
+    assert report.contract.states[0].dtype == "float16"
+    assert all(check.ok for check in verify(report.path))
+
+
 @pytest.mark.parametrize("said", [0.25, [0.25] * HIDDEN, "file"])
 def test_initial_values_are_a_number_a_list_or_a_file(tmp_path: Path, plain_run: Any, said: Any) -> None:
     path = lstm_file(tmp_path / "lstm.onnx")

@@ -122,6 +122,11 @@ REFUSED: dict[str, tuple[Maker, tuple[str, ...], str]] = {
             "tick; export it again with a free batch axis"
         ),
     ),
+    "a state of one number for all": (
+        adding(inputs=[port("x", STATE), port("h", [])], outputs=[port("y", STATE), port("h_out", None)]),
+        (),
+        "the state 'h' float32 [] has no axis for the batch, so rows of several streams cannot share a tick",
+    ),
     "no axis for the batch in a state": (
         adding(inputs=[port("x", STATE), port("h", [2])], outputs=[port("y", STATE), port("h_out", None)]),
         (),
@@ -193,7 +198,7 @@ REFUSED: dict[str, tuple[Maker, tuple[str, ...], str]] = {
                inputs=[port("x", STATE), port("h", STATE, "bool")],
                outputs=[port("y", STATE), port("h_out", STATE, "bool")]),
         (),
-        "the state 'h' is bool; a state must be float32, float64, int32, int64",
+        "the state 'h' is bool; a state must be float32, float16, float64, int32, int64",
     ),
     "heads of several types": (
         adding(*SUM, node("ArgMax", "y", "best", axis=1, keepdims=0),
@@ -213,6 +218,17 @@ REFUSED: dict[str, tuple[Maker, tuple[str, ...], str]] = {
             "FILE: the model draws random numbers (RandomNormalLike), so nothing about it can be verified; "
             "export it again without them"
         ),
+    ),
+    "dropout as in training": (
+        adding(node("Dropout", "x half yes", "xx"), node("Add", "xx h", "h_out"), node("Neg", "h_out", "y"),
+               weights={"half": np.float32(0.5), "yes": np.array(True)}),
+        (),
+        "FILE: the same input gives another 'y' the next time, so the model draws random numbers (dropout in training ",
+    ),
+    "numbers it does not take": (
+        adding(node("Log", "x", "xx"), node("Add", "xx h", "h_out"), node("Neg", "h_out", "y")),
+        (),
+        "FILE: random numbers make the model give NaN in 'y'; give steps it takes, in a .npy file [steps, ...], with",
     ),
     "mixed time": (
         lstm(more=[node("ReduceMean", "before", "mean", axes=[1]), node("Add", "before mean", "mixed"),
@@ -315,6 +331,7 @@ WRONG_USAGE: dict[str, tuple[tuple[str, ...], str]] = {
     "no shape": (("--step-shape", "a"), "'a' is not a shape; write --step-shape like 512 or 2,128"),
     "a shape of nothing": (("--state-shape", "h=0"), "'0' is not a shape; write --state-shape like 512 or 2,128"),
     "no initial value": (("--initial", "h=no.npy"), "the initial value of 'h' cannot be read: no.npy: No such file"),
+    "no example": (("--example", "no.npy"), "the example cannot be read: no.npy: No such file or directory"),
     "no labels": (("--labels", "y"), "'y' does not say the labels of a head; write --labels output=low,high"),
 }
 
@@ -329,6 +346,25 @@ def test_an_initial_value_of_another_shape_is_refused(tmp_path: Path) -> None:
     np.save(tmp_path / "start.npy", np.ones(3))
     sentence = refused(tmp_path, adding()(tmp_path), "--initial", f"h={tmp_path / 'start.npy'}", code=ExitCode.USAGE)
     assert sentence == "the initial value of 'h' does not fit: a number, nested lists or a .npy file of shape [2]"
+
+
+@pytest.mark.parametrize(
+    ("steps", "sentence"),
+    [
+        (np.ones((4, 3), np.float32), "a step of shape [3] does not fit the input 'x' float32 [n, 2]"),
+        (np.full((4, 2), np.nan), "does not hold finite numbers"),
+        (np.array([["a", "b"]]), "does not hold finite numbers"),
+        (np.float32(3), "holds []; it must hold steps"),
+    ],
+)
+def test_an_example_that_does_not_fit_is_refused(tmp_path: Path, steps: Array, sentence: str) -> None:
+    np.save(tmp_path / "steps.npy", steps)
+    result = run(adding()(tmp_path), "-o", tmp_path / "adopted.onnx", "--example", tmp_path / "steps.npy")
+    assert result.exit_code in (ExitCode.USAGE, ExitCode.EXPORT)
+    assert sentence in result.stderr
+    (tmp_path / "steps.npy").write_bytes(b"no array")
+    result = run(adding()(tmp_path), "-o", tmp_path / "adopted.onnx", "--example", tmp_path / "steps.npy")
+    assert "is not a .npy file of numbers" in result.stderr
 
 
 # --- files that are none ---

@@ -22,9 +22,9 @@ Examples:
 The file says in its inputs and outputs what is carried from step to step; names like h and hn, state and stateN,
 past and present are recognised, and the axes of batch and time are found by running. The rest can be said here, or in a
 TOML file (given with --config, or in the model's place) with the keys
-  model, out, input, heads, lengths, step_shape, context, batch_axis, input_batch_axis, classes, name, version,
-  features, units, sample_rate_hz, the tables [constants] and [labels], and for every state [[states]] with input,
-  output, batch_axis, shape, initial.
+  model, out, input, heads, lengths, step_shape, context, batch_axis, input_batch_axis, example, classes, name,
+  version, features, units, sample_rate_hz, the tables [constants] and [labels], and for every state [[states]] with
+  input, output, batch_axis, shape, initial.
 \b
 Exit codes: 0 adopted and verified, 2 wrong usage, 70 the model cannot be adopted (nothing is written).
 """
@@ -64,6 +64,7 @@ def _named(text: str, option: str, example: str) -> tuple[str, str]:
 @click.option("--input-batch-axis", type=click.IntRange(0), metavar="AXIS", help="Of the input.  [found by running]")
 @click.option("--state-shape", "shapes", multiple=True, metavar="STATE=SIZES", help="Without batch.  [from the file]")
 @click.option("--initial", "initials", multiple=True, metavar="STATE=VALUE", help="A number or .npy file.  [zeros]")
+@click.option("--example", type=click.Path(), help="A .npy file of steps the model takes, if not any number.")
 @click.option("--classes", type=click.IntRange(1), help="Token ids are below this number.")
 @click.option("--name", help="Name of the model in the daemon.  [the new file's name without .onnx]")
 @click.option("--model-version", "version", help="Version of the model.  [1]")
@@ -112,7 +113,7 @@ def _with_options(adoption: Adoption, options: dict[str, Any]) -> Adoption:
     labels = {head: tuple(names) for head, names in map(_labels_of_a_head, options["labels"])}
     said |= {"constants": adoption.constants | constants, "labels": adoption.labels | labels}
     said["states"] = _states(adoption.states, options)
-    plain = ("input", "heads", "lengths", "context", "input_batch_axis", "classes")
+    plain = ("input", "heads", "lengths", "context", "input_batch_axis", "example", "classes")
     facts = ("name", "version", "features", "units", "sample_rate_hz")
     said |= {key: options[key] for key in (*plain, *facts) if options[key] not in (None, ())}
     return msgspec.structs.replace(adoption, **said)

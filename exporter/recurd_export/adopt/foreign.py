@@ -105,7 +105,7 @@ def first_line(error: Exception) -> str:
     text = str(error).strip().split("\n")[0]
     text = text.rpartition("Status Message: ")[2] or text
     text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", text)
-    text = re.sub(r"\S*/\S+:\d+:? (?:\S+::)?\w+(?:\(.*?\)(?: const)?|:) ?", "", text)
+    text = re.sub(r"\S*\.(?:cc|h):\d+:? (?:\S+::)?\w+(?:\(.*?\)(?: const)?|:)? ?", "", text)
     text = re.sub(r"^\S.*? was false\. |^Assertion `.*?` failed: ", "", text)
     return text.strip() or type(error).__name__
 

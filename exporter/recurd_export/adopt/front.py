@@ -6,7 +6,7 @@ from typing import Literal
 
 import msgspec
 import numpy as np
-from onnx import GraphProto, ModelProto
+from onnx import GraphProto, ModelProto, TensorProto
 
 from recurd.contract import Contract, Head, Source, State, Tensor
 from recurd.verify import Inputs, Tolerance, hold_against
@@ -17,14 +17,16 @@ from recurd_export.adopt.foreign import Foreign, Port
 from recurd_export.adopt.layout import Layout
 from recurd_export.adopt.reference import Reference
 from recurd_export.adopt.settings import Adoption
+from recurd_export.adopt.values import read_example
 from recurd_export.candidate import Candidate
 from recurd_export.errors import ExportError
 from recurd_export.facts import Facts
+from recurd_export.precision import FLOAT16
 from recurd_export.session import Session
 
 CONTEXT = "context"
 #: Element types the daemon can keep as state.
-STATES = ("float32", "float64", "int32", "int64")
+STATES = ("float32", "float16", "float64", "int32", "int64")
 
 
 def front(path: Path, adoption: Adoption) -> pipeline.FrontEnd:
@@ -34,39 +36,56 @@ def front(path: Path, adoption: Adoption) -> pipeline.FrontEnd:
         progress(pipeline.LOOK)
         foreign = files.load(path)
         said = roles.assign(foreign, adoption)
-        adoption_with_classes = _with_classes(foreign, said.input, adoption)
+        known, complete = None, _with_classes(foreign, said.input, adoption)
+        if adoption.example is not None:
+            known = read_example(adoption.example, adoption)
+            complete = msgspec.structs.replace(complete, step_shape=known.shape[1:])
         progress(pipeline.STEPS)
-        layout = probe.find(foreign, said, adoption_with_classes)
-        contract = describe(foreign, layout, adoption_with_classes, facts)
+        layout = probe.find(foreign, said, complete, known)
+        contract = describe(foreign, layout, complete, facts)
+        known = None if known is None else known.astype(contract.input.dtype)
         progress(pipeline.CONVERT)
         reference = Reference(foreign, said, layout, contract)
-        proto, how = _build(foreign, said, layout, contract, reference)
+        inputs = Inputs(contract.input, known)
+        proto, how = _build(foreign, said, layout, inputs, reference)
+        coarse = _computes_in_float16(foreign) and not _holds(proto, inputs, reference)
         return Candidate(
             proto=proto,
             contract=contract,
             reference=reference,
-            inputs=Inputs(contract.input),
+            inputs=inputs,
             notes=(*_notes(foreign, layout, contract), how),
+            # The runtime rounds to float16 at places that depend on what stands around a node.
+            coarseness=32 * FLOAT16 if coarse else 0.0,
+            cuts=16 * FLOAT16 if coarse else 0.0,
         )
 
     return look
 
 
 def _build(
-    foreign: Foreign, said: roles.Roles, layout: Layout, contract: Contract, reference: Reference
+    foreign: Foreign, said: roles.Roles, layout: Layout, inputs: Inputs, reference: Reference
 ) -> tuple[ModelProto, str]:
     """The file's graph over many steps at once where it heeds the rows' lengths, else step by step."""
+    contract = reference.contract
     whole = graph.whole_model(foreign, said, layout, contract)
-    if whole is not None and _holds(whole, contract, reference):
+    if whole is not None and _holds(whole, inputs, reference):
         return whole, "runs as it is, told how long every row is"
     step = graph.step_model(foreign, said, layout, contract)
     return scan.over_time(step, contract), "runs step by step inside an ONNX Scan"
 
 
-def _holds(proto: ModelProto, contract: Contract, reference: Reference) -> bool:
+def _computes_in_float16(foreign: Foreign) -> bool:
+    kinds = {tensor.data_type for tensor in foreign.proto.graph.initializer}
+    kinds |= {a.i for node in files.nodes(foreign.proto.graph) for a in node.attribute if a.name == "to"}
+    ports = {port.dtype for port in (*foreign.inputs, *foreign.outputs)}
+    return TensorProto.FLOAT16 in kinds or "float16" in ports
+
+
+def _holds(proto: ModelProto, inputs: Inputs, reference: Reference) -> bool:
     try:
-        session = Session(proto, contract)
-        checks = hold_against(session, reference, Inputs(contract.input), Tolerance(), np.random.default_rng(3))
+        session = Session(proto, reference.contract)
+        checks = hold_against(session, reference, inputs, Tolerance(), np.random.default_rng(3))
         return all(check.ok for check in checks)
     except Exception:  # the runtime raises its own unexported types; the other way remains
         return False

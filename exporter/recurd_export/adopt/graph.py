@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import GraphProto, ModelProto, NodeProto, ValueInfoProto, helper, numpy_helper
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 from recurd.contract import Contract
 from recurd_export import signature
 from recurd_export.adopt.foreign import Foreign, Port, nodes
 from recurd_export.adopt.layout import HeadLayout, Layout, order
-from recurd_export.adopt.roles import Roles
+from recurd_export.adopt.roles import Constant, Roles
 from recurd_export.embed import Embedding
 
 RECURRENT = frozenset({"LSTM", "GRU", "RNN"})
@@ -103,10 +103,21 @@ class _Frame:
         self._embedding = Embedding(self._graph, prefix)
         # Of names with two dots there are none among the embedded ones but those that have a dot themselves.
         self._names = (f"{prefix}.{number}" for number in itertools.count())
-        self._weights = [numpy_helper.from_array(v, self.inside(name)) for name, v in roles.constants.items()]
+        self._weights: list[TensorProto] = []
         self._before: list[NodeProto] = []
         self._after: list[NodeProto] = []
         self._nodes = self._before
+        for name, constant in roles.constants.items():
+            self._give(self.inside(name), constant)
+
+    def _give(self, name: str, constant: Constant) -> None:
+        if constant.batch_axis is None:
+            self._weights.append(numpy_helper.from_array(constant.value, name))
+            return
+        rows = self.node("Shape", [self._contract.input.name], start=0, end=1)
+        sizes = [self.constant(np.array([size])) for size in constant.value.shape]
+        sizes[constant.batch_axis] = rows
+        self.node("Expand", [self.constant(constant.value), self.node("Concat", sizes, axis=0)], name)
 
     def inside(self, name: str) -> str:
         """What a name of the file's own graph is called now."""

@@ -117,18 +117,11 @@ def _state(
     pair: StatePair, before: Port, after: Port, adoption: Adoption, batch: int | str | None
 ) -> list[tuple[tuple[int, ...], int]]:
     """Shapes (without batch) and batch axes a state may have."""
-    dims = before.dims or after.dims or ((None,) * (len(pair.shape) + 1) if pair.shape is not None else None)
-    if dims is None:
-        raise ExportError(f"the file does not say the shape of the state '{before.name}'; give it with --state-shape")
-    if before.dims and after.dims:  # what one of the two does not say, the other may
-        dims = tuple(
-            one if isinstance(one, int) else other if isinstance(other, int) else one
-            for one, other in zip(before.dims, after.dims, strict=True)
-        )
+    dims = _dims(pair, before, after)
     axis = adoption.batch_axis if pair.batch_axis is None else pair.batch_axis
     if axis is not None and not 0 <= axis < len(dims):
         raise ExportUsageError(f"the state {before} has no axis {axis} for the batch")
-    axes = _open(before.dims or dims) if axis is None else [axis]
+    axes = _open(dims if before.dims is None else before.dims) if axis is None else [axis]
     if not axes:
         raise ExportError(f"the state {before} has no axis for the batch, {CANNOT_SHARE}")
 
@@ -145,6 +138,21 @@ def _state(
     if pair.shape is None:
         raise ExportError(f"the file does not say the shape of the state {before}; give it with --state-shape")
     raise ExportError(f"a state of shape {list(pair.shape)} (without batch) does not fit {before}")
+
+
+def _dims(pair: StatePair, before: Port, after: Port) -> tuple[int | str | None, ...]:
+    """What the file says of the state's axes: what one of the two ports does not say, the other may."""
+    if before.dims is not None and after.dims is not None:
+        return tuple(
+            other if isinstance(other, int) and not isinstance(one, int) else one
+            for one, other in zip(before.dims, after.dims, strict=True)
+        )
+    dims = before.dims if before.dims is not None else after.dims
+    if dims is not None:
+        return dims
+    if pair.shape is None:
+        raise ExportError(f"the file does not say the shape of the state '{before.name}'; give it with --state-shape")
+    return (None,) * (len(pair.shape) + 1)
 
 
 def _state_shape(dims: Sequence[int | str | None], batch: int, said: tuple[int, ...] | None) -> tuple[int, ...] | None:

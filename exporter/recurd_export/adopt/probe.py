@@ -8,16 +8,15 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnx
 import onnxruntime as ort
-from onnx import GraphProto
 
-from recurd_export.adopt.foreign import Foreign, Port, first_line, nodes
+from recurd_export.adopt.foreign import Foreign, Port, first_line
 from recurd_export.adopt.hypotheses import CANNOT_SHARE, Hypothesis, hypotheses
-from recurd_export.adopt.initial import initial_values
 from recurd_export.adopt.layout import HeadLayout, Layout, StateLayout
 from recurd_export.adopt.roles import Roles
+from recurd_export.adopt.running import feeds, open_relaxed
 from recurd_export.adopt.settings import Adoption
+from recurd_export.adopt.values import initial_values
 from recurd_export.errors import ExportError
 
 Array = npt.NDArray[Any]
@@ -35,9 +34,10 @@ class _Stage(IntEnum):
     RUN = 0
     BATCH = 1
     STATE = 2
-    ROWS = 3
-    HEAD = 4
-    TIME = 5
+    HEAD = 3
+    ROWS = 4
+    VALUES = 5
+    TIME = 6
 
 
 class _Failed(Exception):
@@ -48,60 +48,22 @@ class _Failed(Exception):
         self.stage = stage
 
 
-def find(foreign: Foreign, roles: Roles, adoption: Adoption) -> Layout:
-    """The first layout that holds. Raises :class:`ExportError` that says how far the likeliest ones got."""
-    session = open_session(foreign)
+def find(foreign: Foreign, roles: Roles, adoption: Adoption, known: Array | None = None) -> Layout:
+    """The first layout that holds; ``known`` are steps ``[n, *shape]`` for a model that does not take any number.
+
+    Raises :class:`ExportError` that says how far the likeliest ones got.
+    """
+    session = open_relaxed(foreign)
     furthest: _Failed | None = None
     for hypothesis in itertools.islice(hypotheses(roles, adoption), MOST):
         states = initial_values(roles, hypothesis, adoption)
         try:
-            return _Probe(session, roles, adoption, hypothesis, states).layout()
+            return _Probe(session, roles, adoption, hypothesis, states, known).layout()
         except _Failed as failed:
             if furthest is None or failed.stage > furthest.stage:
                 furthest = failed
     assert furthest is not None
     raise ExportError(f"{foreign.path}: {furthest}") from furthest
-
-
-def open_session(foreign: Foreign) -> ort.InferenceSession:
-    """The model without the sizes it declares, which an example may have left behind.
-
-    Raises :class:`ExportError` when the runtime does not take it.
-    """
-    relaxed = onnx.ModelProto()
-    relaxed.CopyFrom(foreign.proto)
-    _relax(relaxed.graph)
-    for node in nodes(relaxed.graph):
-        for attribute in node.attribute:
-            for inner in (*attribute.graphs, *([attribute.g] if attribute.HasField("g") else ())):
-                _relax(inner)
-    try:
-        return ort.InferenceSession(relaxed.SerializeToString(), quiet(), providers=["CPUExecutionProvider"])
-    except Exception as error:  # the runtime raises its own unexported types
-        raise ExportError(f"{foreign.path}: the runtime does not take it: {first_line(error)}") from error
-
-
-def quiet() -> ort.SessionOptions:
-    """Options for small runs, some of which fail on purpose."""
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
-    options.intra_op_num_threads = 1
-    return options
-
-
-def _relax(graph: GraphProto) -> None:
-    del graph.value_info[:]
-    for value in (*graph.input, *graph.output):
-        for dim in value.type.tensor_type.shape.dim:
-            dim.Clear()
-
-
-def feeds(roles: Roles, x: Array, states: Mapping[str, Array], rows: int, steps: int) -> dict[str, Array]:
-    """All inputs of a run; ``x`` and the states in the model's own layout."""
-    given = {roles.input.name: x, **states, **roles.constants}
-    if roles.lengths is not None:
-        given[roles.lengths.name] = np.full(rows, steps, roles.lengths.dtype)
-    return given
 
 
 @dataclass(frozen=True)
@@ -113,13 +75,16 @@ class _Probe:
     adoption: Adoption
     hypothesis: Hypothesis
     states: tuple[StateLayout, ...]
+    known: Array | None
 
     def layout(self) -> Layout:
         """The layout, when the hypothesis holds. Raises :class:`_Failed`."""
         one = self._first_run(1, _Stage.RUN, "the model does not run with one step of one stream")
         many = self._first_run(ROWS, _Stage.BATCH, f"the batch axis is fixed to 1: {ROWS} rows do not run")
         heads = [self._head(port, one[port.name], many[port.name]) for port in self.roles.heads]
+        self._check_repeats(many)
         self._check_rows(heads)
+        self._check_values(many)
         steps = self._find_time(heads)
         if steps is None:
             heads = [self._like_input(head, many[head.port.name]) for head in heads]
@@ -157,11 +122,19 @@ class _Probe:
         layout = self.hypothesis.input
         random = np.random.default_rng([rows, steps])
         shape = (rows, steps, *layout.shape)
+        if self.known is not None:
+            return self._draw_known(shape, random).astype(layout.port.dtype)
         if layout.port.dtype.startswith("float"):
             return random.standard_normal(shape).astype(layout.port.dtype)
         ids = random.integers(0, self.adoption.classes or 1, shape).astype(layout.port.dtype)
         ids.flat[0] = (self.adoption.classes or 1) - 1  # the one that a smaller table does not have
         return ids
+
+    def _draw_known(self, shape: tuple[int, ...], random: np.random.Generator) -> Array:
+        assert self.known is not None
+        drawn = [self.known[random.integers(0, len(self.known), shape[:2])] for _ in range(2)]
+        context = self.adoption.context
+        return np.concatenate([drawn[0][..., -context:], drawn[1]], axis=-1) if context else drawn[0]
 
     def _fresh(self, rows: int) -> dict[str, Array]:
         return {state.before.name: state.rows(rows) for state in self.states}
@@ -210,6 +183,25 @@ class _Probe:
                         raise _Failed(
                             _Stage.ROWS, f"what a row gives in '{name}' depends on the other rows, {CANNOT_SHARE}"
                         )
+
+    def _check_repeats(self, first: dict[str, Array]) -> None:
+        again = self._run(self._draw(ROWS, 1), self._fresh(ROWS))
+        for name, value in first.items():
+            if not np.array_equal(value, again[name], equal_nan=value.dtype.kind == "f"):
+                raise _Failed(
+                    _Stage.VALUES,
+                    f"the same input gives another '{name}' the next time, so the model draws random numbers (dropout "
+                    f"in training mode?) and nothing about it can be verified",
+                )
+
+    def _check_values(self, many: dict[str, Array]) -> None:
+        for name, value in many.items():
+            if value.dtype.kind == "f" and np.isnan(value).any():
+                raise _Failed(
+                    _Stage.VALUES,
+                    f"random numbers make the model give NaN in '{name}'; give steps it takes, in a .npy file "
+                    f"[steps, ...], with --example",
+                )
 
     def _find_time(self, heads: Sequence[HeadLayout]) -> list[HeadLayout] | None:
         """The heads with their time axes, when runs of many steps are runs of their steps; ``None`` for one step."""

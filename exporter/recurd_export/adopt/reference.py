@@ -8,25 +8,17 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnxruntime as ort
 
 from recurd.contract import Contract
 from recurd_export.adopt.foreign import Foreign, first_line
 from recurd_export.adopt.layout import Layout
-from recurd_export.adopt.probe import feeds, open_session, quiet
 from recurd_export.adopt.roles import Roles
+from recurd_export.adopt.running import feeds, open_as_it_is, open_relaxed
 from recurd_export.errors import ExportError
 
 Array = npt.NDArray[Any]
 #: What a stream leaves behind: the states as the file has them, of one row, and the context if there is one.
 _Left = tuple[dict[str, Array], Array]
-
-
-def _open_as_it_is(foreign: Foreign) -> ort.InferenceSession:
-    try:
-        return ort.InferenceSession(str(foreign.path), quiet(), providers=["CPUExecutionProvider"])
-    except Exception as error:  # the runtime raises its own unexported types
-        raise ExportError(f"{foreign.path}: the runtime does not take it: {first_line(error)}") from error
 
 
 class Reference:
@@ -41,9 +33,9 @@ class Reference:
         self._whole = layout.whole and not isinstance(declared, int)
         if isinstance(declared, int) and declared != 1:
             # The file declares a number of steps that its graph does not need, and a session would insist on it.
-            self._session = open_session(foreign)
+            self._session = open_relaxed(foreign)
         else:
-            self._session = _open_as_it_is(foreign)
+            self._session = open_as_it_is(foreign)
         self._states: dict[int, _Left] = {}
 
     def run(self, slots: Array, fresh: Array, lengths: Array, input: Array) -> list[Array]:

@@ -20,6 +20,19 @@ LENGTHS = frozenset(
 
 
 @dataclass(frozen=True)
+class Constant:
+    """The value of an input that is the same in every run, in the type and with the axes the model wants."""
+
+    value: npt.NDArray[Any]
+    #: Where the value is repeated for every row.
+    batch_axis: int | None
+
+    def rows(self, count: int) -> npt.NDArray[Any]:
+        """The value for so many rows."""
+        return self.value if self.batch_axis is None else np.repeat(self.value, count, self.batch_axis)
+
+
+@dataclass(frozen=True)
 class Roles:
     """Every input of a file has one role; outputs that are neither head nor state are left out."""
 
@@ -27,8 +40,7 @@ class Roles:
     #: What was said of each state, and its two ports.
     states: tuple[tuple[StatePair, Port, Port], ...]
     heads: tuple[Port, ...]
-    #: In the type and shape the model wants.
-    constants: dict[str, npt.NDArray[Any]]
+    constants: dict[str, Constant]
     lengths: Port | None
 
 
@@ -60,7 +72,9 @@ def assign(foreign: Foreign, adoption: Adoption) -> Roles:
         input=input,
         states=tuple(sorted(states, key=lambda state: order[state[1].name])),
         heads=_heads(foreign, adoption, states),
-        constants=constants,
+        constants={
+            name: Constant(value, _batch_axis(inputs[name], value, input, states)) for name, value in constants.items()
+        },
         lengths=lengths,
     )
 
@@ -141,6 +155,16 @@ def _heads(foreign: Foreign, adoption: Adoption, states: Sequence[tuple[StatePai
             f"every output ({', '.join(paired)}) is the next value of a state; say with --head which streams get"
         )
     return heads
+
+
+def _batch_axis(
+    port: Port, value: npt.NDArray[Any], input: Port, states: Sequence[tuple[StatePair, Port, Port]]
+) -> int | None:
+    """The axis of a constant that has the name the batch has in the input and in a state."""
+    names = {size for _, before, _ in states for size in before.dims or () if isinstance(size, str)}
+    names &= {size for size in input.dims or () if isinstance(size, str)}
+    axes = [axis for axis, size in enumerate(port.dims or ()) if size in names and value.shape[axis] == 1]
+    return axes[0] if len(axes) == 1 else None
 
 
 def _constant(port: Port, value: Any) -> npt.NDArray[Any]:

@@ -46,6 +46,8 @@ class Adoption(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     #: Batch axis of states (where a pair does not say it), and of the input.
     batch_axis: int | None = None
     input_batch_axis: int | None = None
+    #: A .npy file of steps ``[n, *step_shape]`` that the model takes, where it does not take any number.
+    example: str | None = None
     #: Token ids are in ``[0, classes)``.
     classes: int | None = None
     name: str | None = None
@@ -87,5 +89,6 @@ def read(path: Path) -> Adoption:
         adoption,
         model=None if adoption.model is None else str(folder / adoption.model),
         out=None if adoption.out is None else str(folder / adoption.out),
+        example=None if adoption.example is None else str(folder / adoption.example),
         states=tuple(states),
     )
