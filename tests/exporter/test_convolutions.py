@@ -393,15 +393,38 @@ def test_a_model_that_takes_its_state_is_told_of_what_it_does_not_take(exported:
     assert any("pads every chunk anew (convolution 'conv')" in note for note in report.notes)
 
 
-def test_the_axis_of_time_is_found_without_a_recurrent_layer(tmp_path: Path, plain_run: Any) -> None:
-    model = TimeMajor().eval()
-    report = recurd_export.export(model, torch.zeros(4, 4, 5), tmp_path / "m.onnx")
-    x = torch.randn(3, 9, 5)
+class Images(nn.Module):
+    """Takes ``[batch, channels, time, frequency]``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.rnn = nn.Conv2d(2, 4, 3, padding=(0, 1)), nn.GRU(12, 3, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.rnn(self.conv(F.pad(x, (0, 0, 2, 0))).transpose(1, 2).flatten(2))[0]
+
+
+AXES: dict[str, tuple[nn.Module, tuple[int, ...], Any, str]] = {
+    "time first": (TimeMajor(), (4, 4, 5), lambda m, x: m(x.transpose(0, 1)).transpose(0, 1), "[time, batch, ...]"),
+    # As many channels as the steps it is tried with.
+    "time last": (
+        nn.Sequential(nn.ConstantPad1d((2, 0), 0.0), nn.Conv1d(11, 3, 3)), (2, 11, 16), lambda m, x: m(x.mT).mT,
+        "[batch, ..., time]",
+    ),
+    "time between": (Images(), (2, 2, 16, 3), lambda m, x: m(x.transpose(1, 2)), "[batch, ..., time, ...]"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", AXES)
+def test_the_axis_of_time_is_found_wherever_it_is(tmp_path: Path, plain_run: Any, name: str) -> None:
+    model, shape, call, said = AXES[name]
+    report = recurd_export.export(model.eval(), torch.zeros(shape), tmp_path / "m.onnx")
+    x = torch.randn(3, 9, *report.contract.input.shape)
 
     heads, _ = plain_run(tmp_path / "m.onnx").chunks(x.numpy(), [1, 4])
 
-    np.testing.assert_allclose(heads["output"], model(x.transpose(0, 1)).detach().transpose(0, 1), atol=3e-6)
-    assert "the model's own input is [time, batch, ...]" in str(report)
+    np.testing.assert_allclose(heads["output"], call(model, x).detach(), atol=3e-6)
+    assert f"the model's own input is {said}; the exported file takes [batch, time, ...]" in report.notes
 
 
 def test_beside_a_layer_that_looks_ahead_a_convolution_is_carried_on(tmp_path: Path, plain_run: Any) -> None:

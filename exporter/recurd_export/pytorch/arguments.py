@@ -22,6 +22,8 @@ class Arguments:
     rest: tuple[Any, ...]
     #: Whether the input's first axis is time instead of batch.
     time_major: bool = False
+    #: Which axis of the input is time, where the first one is batch; behind the channels in many a convolutional model.
+    time_axis: int = 1
     #: Batch axis of every tensor in ``rest``, in order.
     state_axes: tuple[int, ...] = ()
     #: Attributes that hold states.
@@ -39,7 +41,7 @@ class Arguments:
     @property
     def step_shape(self) -> tuple[int, ...]:
         """Shape of one step."""
-        return tuple(self.example.shape[2:])
+        return tuple(self.example.movedim(self.time_axis, 1).shape[2:])
 
     def with_input(self, x: Tensor) -> tuple[Any, ...]:
         """The arguments for an input ``[batch, time, ...]`` (symbolic sizes too), states being zeros."""
@@ -50,7 +52,13 @@ class Arguments:
             shape[next(axes)] = x.shape[0]
             return torch.zeros(shape, dtype=x.dtype if x.is_floating_point() else state.dtype)
 
-        return (x.transpose(0, 1).contiguous() if self.time_major else x, *tree.map_leaves(self.rest, zeros))
+        return (self._arranged(x), *tree.map_leaves(self.rest, zeros))
+
+    def _arranged(self, x: Tensor) -> Tensor:
+        """An input ``[batch, time, ...]`` as the model takes it."""
+        if self.time_major:
+            return x.transpose(0, 1).contiguous()
+        return x if self.time_axis == 1 else x.movedim(1, self.time_axis).contiguous()
 
     def prepare(self, model: nn.Module, batch: Any) -> None:
         """Make the next run of a copy a fresh start, where it keeps states in attributes."""
@@ -61,7 +69,7 @@ class Arguments:
     def known(self) -> Tensor | None:
         """Steps to make inputs of, ``[n, *step_shape]``; ``None`` when normal numbers or the model's ids will do."""
         if self.drawn or (self.dtype == "int64" and self.classes is None):
-            return self.example.flatten(0, 1)
+            return self.example.movedim(self.time_axis, 1).flatten(0, 1)
         return None
 
     def random(self, batch: int, steps: int, seed: int) -> Tensor:

@@ -121,6 +121,10 @@ def notes(found: AnyLayout, contract: Contract) -> Iterator[str]:
         )
     if found.arguments.time_major:
         yield "the model's own input is [time, batch, ...]; the exported file takes [batch, time, ...]"
+    if found.arguments.time_axis > 1:
+        order = ["batch", *["..."] * (found.arguments.time_axis - 1), "time"]
+        rest = [", ..."] if found.arguments.example.dim() > found.arguments.time_axis + 1 else [""]
+        yield f"the model's own input is [{', '.join(order)}{rest[0]}]; the exported file takes [batch, time, ...]"
     if found.arguments.drawn:
         yield "the model does not take any number, so it was verified on steps of the example; give a real one"
     for head in found.heads:

@@ -6,7 +6,7 @@ is a constant.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -171,19 +171,29 @@ def _orient(model: nn.Module, arguments: Arguments, batch: int) -> tuple[Argumen
             f"{next(list(s.shape) for s, a in zip(states, axes, strict=True) if not a)}"
         )
     trouble: ExportError | None = None
-    time_major_first = arguments.example.shape[0] != batch == arguments.example.shape[1]
     for state_axes in itertools.islice(itertools.product(*axes), 16):
-        for time_major in (time_major_first, not time_major_first):
-            candidate = replace(arguments, time_major=time_major, state_axes=state_axes)
+        for candidate in _time_axes(replace(arguments, state_axes=state_axes), batch):
             try:
                 run = run_with(model, candidate, candidate.random(BATCH, STEPS, 0))
                 _check_sizes(model, run)
+                if not run.calls:  # a convolution takes any number of steps along the one axis that is time
+                    run_with(model, candidate, candidate.random(BATCH, OTHER_STEPS, 0))
             except ExportError as error:
                 trouble = trouble or error
             else:
                 return candidate, run
     assert trouble is not None
     raise trouble
+
+
+def _time_axes(arguments: Arguments, batch: int) -> Iterator[Arguments]:
+    """The arguments with every axis of the input that may be time, the likeliest first."""
+    shape = arguments.example.shape
+    time_major_first = shape[0] != batch == shape[1]
+    for time_major in (time_major_first, not time_major_first):
+        yield replace(arguments, time_major=time_major)
+    for axis in range(2, len(shape)):
+        yield replace(arguments, time_axis=axis)
 
 
 def _batch_axes(state: Tensor, batch: int) -> list[int]:
