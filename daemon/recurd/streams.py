@@ -258,9 +258,9 @@ class Streams:
     ) -> Stream:
         """Start a stream in a slot, with the next free handle or its former one; the tenant has none of this name."""
         if handle is None:
-            while self._next_handle in self._by_handle:
+            while self._next_handle in self._by_handle:  # a former daemon's may lie in its way
                 self._next_handle += 1
-            handle = self._next_handle
+            handle, self._next_handle = self._next_handle, self._next_handle + 1
         stream = Stream(
             tenant=tenant,
             name=name,

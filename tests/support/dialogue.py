@@ -151,7 +151,10 @@ class Desk:
 
     def sort(self) -> None:
         for routing_id, frame in self.engine.replies_to_send():
-            self._inboxes.setdefault(routing_id, []).extend(replies(frame))
+            self._deliver(routing_id, frame)
+
+    def _deliver(self, routing_id: bytes, frame: bytes) -> None:
+        self._inboxes.setdefault(routing_id, []).extend(replies(frame))
 
     def inbox(self, routing_id: bytes) -> list[Reply]:
         self.sort()

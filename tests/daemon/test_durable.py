@@ -1,0 +1,467 @@
+"""Durable streams without sockets: whatever is killed whenever, clients get what one pass of the model gives."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lmdb
+import numpy as np
+import pytest
+import structlog
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from dialogue import Caller, Desk, chunk, closing, opening, reset
+from recurd.config import Config, override
+from recurd.durable import RETRY_SECONDS, Durable
+from recurd.errors import JournalError
+from recurd.journal import Journal
+from recurd.model import Model
+from recurd.saving import Stamp
+from recurd.wire import Flag, Type
+from recurrent import Network
+
+PUMP = Network(layers=1, learned=True, counter=True)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    return load(PUMP, tmp_path_factory.mktemp("models"))
+
+
+def load(network: Network, folder: Path, slots: int = 4) -> Model:
+    return Model.load(network.save(folder / "pump.onnx"), slots=slots, threads=1)
+
+
+def config(folder: Path, **durability: Any) -> Config:
+    changes = {
+        "durability": {"mode": "process", "directory": str(folder / "journal")} | durability,
+        "tick": {"steps": 6, "rows": 2},
+        "limits": {"stream_credit": 8},
+    }
+    return override(Config(), changes)
+
+
+class Daemon(Desk):
+    """A desk whose streams are durable: what callers take was committed before."""
+
+    def __init__(self, folder: Path, model: Model, **durability: Any) -> None:
+        chosen = config(folder, **durability)
+        super().__init__({"pump": model}, chosen)
+        self.durable = Durable(chosen, self.engine, self.models, stats=self.stats, log=structlog.get_logger())
+        try:
+            self.restored = self.durable.restore(self.now)
+        except BaseException:
+            self.durable.close()
+            raise
+
+    def sort(self) -> None:
+        self.durable.commit(self.now)
+        for routing_id, frame in self.durable.due():
+            self._deliver(routing_id, frame)
+
+    def __enter__(self) -> "Daemon":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.durable.close()
+
+
+@pytest.fixture
+def daemon(model: Model, tmp_path: Path) -> Iterator[Daemon]:
+    with Daemon(tmp_path, model) as daemon:
+        yield daemon
+
+
+def draw(seed: int, steps: int) -> np.ndarray:
+    return PUMP.draw(steps, np.random.default_rng(seed))
+
+
+def expected(*parts: np.ndarray) -> np.ndarray:
+    return PUMP.run(np.concatenate(parts))[0]["output"]
+
+
+# --- going on ---
+
+
+def test_a_stream_goes_on_where_the_last_daemon_left_it(model: Model, tmp_path: Path) -> None:
+    with Daemon(tmp_path, model) as first:
+        caller = first.connect()
+        handle = caller.handle("s")
+        (before,) = caller.run(chunk(handle, 1, draw(1, 5)))
+    with Daemon(tmp_path, model) as second:
+        caller = second.connect()
+        opened = caller.open("s", mode="resume", generation=1)
+        (after,) = caller.run(chunk(handle, 2, draw(2, 4), ack=1))
+
+    assert opened.header.handle == handle
+    assert (opened.body["last_seq"], opened.body["fresh"]) == (1, False)
+    whole = expected(draw(1, 5), draw(2, 4))
+    np.testing.assert_allclose(np.concatenate([before.output, after.output]), whole, rtol=1e-4, atol=1e-5)
+
+
+def test_a_result_that_did_not_arrive_is_there_after_a_crash(model: Model, tmp_path: Path) -> None:
+    with Daemon(tmp_path, model) as first:
+        caller = first.connect()
+        handle = caller.handle("s")
+        caller.send(chunk(handle, 1, draw(1, 5)), chunk(handle, 2, draw(2, 3)))
+        lost = caller.run()
+    with Daemon(tmp_path, model) as second:
+        caller = second.connect()
+        caller.open("s", mode="resume")
+        again = [caller.ask(chunk(handle, 1, draw(1, 5))), caller.ask(chunk(handle, 2, draw(2, 3)))]
+
+    assert [reply.payload for reply in again] == [reply.payload for reply in lost]
+    assert all(reply.flags & Flag.DUPLICATE for reply in again)
+
+
+def test_a_chunk_that_was_only_partly_run_has_not_happened(model: Model, tmp_path: Path) -> None:
+    """Its stream was opened, or reset, in the same round, so that it is saved while the chunk is half done."""
+    with Daemon(tmp_path, model) as first:
+        caller = first.connect()
+        was_reset = caller.handle("reset")
+        opened = was_reset + 1  # handles are counted
+        caller.run(chunk(was_reset, 1, draw(2, 3)))
+        caller.send(opening("opened"), chunk(opened, 1, draw(1, 20)))
+        caller.send(reset(was_reset, 2), chunk(was_reset, 3, draw(3, 20), generation=2))
+        tick = first.tick()
+        assert tick is not None
+        assert len(tick.rows) == 2
+        first.sort()
+    with Daemon(tmp_path, model) as second:
+        caller = second.connect()
+        replies = [caller.open("opened", mode="resume"), caller.open("reset", mode="resume")]
+        (one,) = caller.run(chunk(opened, 1, draw(1, 20)))
+        (other,) = caller.run(chunk(was_reset, 3, draw(3, 20), generation=2))
+
+    assert [(r.body["last_seq"], r.body["generation"]) for r in replies] == [(0, 1), (2, 2)]
+    assert all(reply.body["fresh"] for reply in replies)
+    np.testing.assert_allclose(one.output, expected(draw(1, 20)), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(other.output, expected(draw(3, 20)), rtol=1e-4, atol=1e-5)
+
+
+def test_a_reset_that_was_accepted_and_not_carried_out_has_not_happened(model: Model, tmp_path: Path) -> None:
+    with Daemon(tmp_path, model) as first:
+        caller = first.connect()
+        handle = caller.handle("s")
+        caller.send(chunk(handle, 1, draw(1, 3)), chunk(handle, 2, draw(2, 9)), reset(handle, 3))
+        first.tick()
+        first.sort()
+    with Daemon(tmp_path, model) as second:
+        caller = second.connect()
+        reply = caller.open("s", mode="resume")
+        answers = caller.run(chunk(handle, 2, draw(2, 9)), reset(handle, 3), chunk(handle, 4, draw(3, 2), generation=2))
+
+    assert (reply.body["last_seq"], reply.body["generation"]) == (1, 1)
+    assert [answer.type for answer in answers] == [Type.RESULT, Type.DONE, Type.RESULT]
+    np.testing.assert_allclose(answers[0].output, expected(draw(1, 3), draw(2, 9))[3:], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(answers[2].output, expected(draw(3, 2)), rtol=1e-4, atol=1e-5)
+
+
+def test_ended_streams_leave_nothing_behind(model: Model, tmp_path: Path) -> None:
+    with Daemon(tmp_path, model) as first:
+        caller = first.connect()
+        for name in ("closed", "replaced"):
+            caller.run(chunk(caller.handle(name), 1, draw(1, 3)))
+        caller.handle("replaced", mode="new")
+        caller.ask(closing(caller.handle("closed")))
+        expiring = caller.handle("expired", idle_timeout_seconds=1.0)
+        caller.run(chunk(expiring, 1, draw(1, 3)))
+        first.now += 2
+        first.run()
+        first.sort()
+    with Daemon(tmp_path, model) as second:
+        reply = second.connect().open("replaced", mode="resume")
+
+        assert second.restored == 1
+        assert reply.body["last_seq"] == 0
+    assert answers_on_disk(tmp_path) == 0
+
+
+def answers_on_disk(folder: Path) -> int:
+    with contextlib.closing(lmdb.open(str(folder / "journal"), max_dbs=3, readonly=True)) as env:
+        table = env.open_db(b"answers", create=False)
+        with env.begin() as transaction:
+            entries: int = transaction.stat(table)["entries"]
+            return entries
+
+
+def test_answers_that_were_acknowledged_do_not_pile_up(daemon: Daemon, tmp_path: Path) -> None:
+    caller = daemon.connect()
+    handle = caller.handle("s")
+    for seq in range(1, 30):
+        caller.run(chunk(handle, seq, draw(seq, 2), ack=seq - 1))
+
+    daemon.durable.close()
+    assert answers_on_disk(tmp_path) <= 2
+    daemon.durable = Durable(
+        config(tmp_path), daemon.engine, daemon.models, stats=daemon.stats, log=structlog.get_logger()
+    )
+
+
+class Client:
+    """One stream's client as the protocol asks for: sends in order, and again what has no answer after a crash."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.handle = 0
+        self.records: list[np.ndarray | None] = []
+        self.generations = [1]
+        self.results: dict[int, bytes] = {}
+
+    def open(self, caller: Caller, mode: str) -> None:
+        reply = caller.ask(opening(self.name, mode=mode))
+        assert reply.type == Type.OPENED
+        assert self.handle in (0, reply.header.handle)
+        assert reply.body["last_seq"] >= len(self.results)
+        self.handle = reply.header.handle
+
+    def send_again(self, caller: Caller) -> None:
+        for seq in range(1, len(self.records) + 1):
+            if seq not in self.results:
+                self.send(caller, seq)
+
+    def add(self, caller: Caller, record: np.ndarray | None) -> None:
+        if len(self.records) - len(self.results) >= 8:
+            return
+        self.records.append(record)
+        self.generations.append(self.generations[-1] + (record is None))
+        self.send(caller, len(self.records))
+
+    def send(self, caller: Caller, seq: int) -> None:
+        record, generation = self.records[seq - 1], self.generations[seq - 1]
+        ack = next(seq for seq in range(len(self.records) + 1) if seq + 1 not in self.results)
+        if record is None:
+            caller.send(reset(self.handle, seq, generation=generation, ack=ack))
+        else:
+            caller.send(chunk(self.handle, seq, record, generation=generation, ack=ack))
+
+    def check(self) -> None:
+        parts: list[np.ndarray] = []
+        for seq, record in enumerate(self.records, start=1):
+            if record is None:
+                parts = []
+                continue
+            parts.append(record)
+            found = np.frombuffer(self.results[seq], "<f4").reshape(len(record), -1)
+            np.testing.assert_allclose(found, expected(*parts)[-len(record) :], rtol=1e-4, atol=1e-5)
+
+
+ACTIONS = st.lists(
+    st.one_of(
+        st.tuples(st.just("chunk"), st.integers(0, 2), st.integers(1, 15)),
+        st.tuples(st.just("reset"), st.integers(0, 2)),
+        st.tuples(st.just("tick")),
+        st.tuples(st.just("take")),
+        st.tuples(st.just("crash")),
+    ),
+    min_size=5,
+    max_size=60,
+)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(actions=ACTIONS)
+def test_whatever_is_killed_whenever_every_record_is_run_once(
+    model: Model, tmp_path_factory: pytest.TempPathFactory, actions: list[tuple[Any, ...]]
+) -> None:
+    world = World(tmp_path_factory.mktemp("life"), model)
+    for number, (action, *options) in enumerate([*actions, ("crash",)]):
+        getattr(world, action)(number, *options)
+    world.finish()
+
+
+class World:
+    """A durable daemon, three clients, and what may happen to them."""
+
+    def __init__(self, folder: Path, model: Model) -> None:
+        self.folder, self.model = folder, model
+        self.clients = [Client(f"s{index}") for index in range(3)]
+        self.daemon = Daemon(folder, model)
+        self.caller = self.daemon.connect()
+        for client in self.clients:
+            client.open(self.caller, "new")
+
+    def chunk(self, number: int, index: int, steps: int) -> None:
+        self.clients[index].add(self.caller, draw(number, steps))
+
+    def reset(self, number: int, index: int) -> None:
+        self.clients[index].add(self.caller, None)
+
+    def tick(self, number: int) -> None:
+        self.daemon.tick()
+        self.daemon.durable.commit(self.daemon.now)
+
+    def take(self, number: int) -> None:
+        for reply in self.caller.take():
+            assert reply.type in (Type.RESULT, Type.DONE), reply
+            client = next(c for c in self.clients if c.handle == reply.header.handle)
+            assert client.results.setdefault(reply.header.seq, reply.payload) == reply.payload
+
+    def crash(self, number: int) -> None:
+        self.daemon.durable.close()
+        self.daemon = Daemon(self.folder, self.model)
+        self.caller = self.daemon.connect()
+        for client in self.clients:
+            client.open(self.caller, "resume")
+        for client in self.clients:
+            client.send_again(self.caller)
+
+    def finish(self) -> None:
+        self.daemon.run()
+        self.take(0)
+        self.daemon.durable.close()
+        for client in self.clients:
+            client.check()
+
+
+# --- what is in the way ---
+
+
+def test_a_folder_belongs_to_one_daemon(daemon: Daemon, model: Model, tmp_path: Path) -> None:
+    with pytest.raises(JournalError, match="another daemon keeps its streams there"):
+        Daemon(tmp_path, model)
+
+
+def test_more_streams_than_slots_are_not_dropped(model: Model, tmp_path: Path) -> None:
+    with Daemon(tmp_path, model) as first:
+        caller = first.connect()
+        for name in "abcd":
+            caller.handle(name)
+    small = load(PUMP, tmp_path, slots=3)
+
+    with pytest.raises(JournalError, match=r"more streams of model 'pump' than it has slots \(3\); raise slots"):
+        Daemon(tmp_path, small)
+    with Daemon(tmp_path, model) as second:
+        assert second.restored == 4
+
+
+def test_streams_of_other_weights_are_gone_on_with_only_when_that_is_said(model: Model, tmp_path: Path) -> None:
+    with Daemon(tmp_path, model) as first:
+        caller = first.connect()
+        caller.run(chunk(caller.handle("s"), 1, draw(1, 3)))
+    other = load(Network(layers=1, learned=True, counter=True, seed=8), tmp_path)
+
+    with pytest.raises(JournalError, match=r"left by another one \(weights [0-9a-f]{20} then, [0-9a-f]{20} now\)"):
+        Daemon(tmp_path, other)
+    with Daemon(tmp_path, other, accept_drift=True) as second:
+        assert second.restored == 1
+    with Daemon(tmp_path, other) as third:  # what was accepted once is no drift any more
+        assert third.restored == 1
+
+
+def test_states_of_other_shapes_are_never_gone_on_with(model: Model, tmp_path: Path) -> None:
+    with Daemon(tmp_path, model) as first:
+        first.connect().handle("s")
+    other = load(Network(layers=2), tmp_path)
+
+    with pytest.raises(JournalError, match="the states of model 'pump' have other types or shapes"):
+        Daemon(tmp_path, other, accept_drift=True)
+
+
+def test_streams_of_a_model_that_is_not_served_are_not_dropped(tmp_path: Path) -> None:
+    stamp = Stamp("a", "b", "c", "d")
+    with contextlib.closing(Journal(tmp_path, "process")) as journal:
+        journal.stamp({"pump": stamp}, accept_drift=False)
+        with journal._env.begin(write=True) as transaction:
+            _put_stream(journal, transaction)
+    with (
+        contextlib.closing(Journal(tmp_path, "process")) as journal,
+        pytest.raises(JournalError, match="holds streams of model 'pump', which is not served"),
+    ):
+        journal.stamp({"valve": stamp}, accept_drift=True)
+
+
+def _put_stream(journal: Journal, transaction: Any) -> None:
+    import msgspec
+
+    from recurd.journal import _pack
+    from recurd.saving import SavedStream
+
+    saved = SavedStream("local", "s", "pump", 1, 1, 0, 0, 60.0, None)
+    transaction.put((7).to_bytes(8), _pack(msgspec.msgpack.encode(saved)), db=journal._streams)
+
+
+def test_a_folder_that_cannot_be_made_is_said(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+
+    with pytest.raises(JournalError, match=r"file/journal: cannot be written: Not a directory"):
+        Journal(tmp_path / "file" / "journal", "process")
+
+
+def filled(folder: Path, model: Model) -> Path:
+    """The data file of a journal with some streams in it."""
+    with Daemon(folder, model) as daemon:
+        caller = daemon.connect()
+        for name in "abcd":
+            handle = caller.handle(name)
+            for seq in range(1, 5):
+                caller.run(chunk(handle, seq, draw(seq, 6)))
+    return folder / "journal" / "data.mdb"
+
+
+def test_a_truncated_journal_is_said_and_left_alone(model: Model, tmp_path: Path) -> None:
+    data = filled(tmp_path, model)
+    size = data.stat().st_size
+    for left in (0, 100, 4096, size // 2):
+        data.write_bytes(data.read_bytes()[:left])
+
+        with pytest.raises(JournalError, match=r"damaged|cannot be opened"):
+            Daemon(tmp_path, model)
+
+        assert data.stat().st_size == left
+        data.unlink()
+        data = filled(tmp_path, model)
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(place=st.floats(0, 1), flips=st.integers(1, 8))
+def test_a_corrupted_journal_gives_an_error_or_what_was_written(
+    model: Model, tmp_path_factory: pytest.TempPathFactory, place: float, flips: int
+) -> None:
+    folder = tmp_path_factory.mktemp("corrupted")
+    data = filled(folder, model)
+    raw = bytearray(data.read_bytes())
+    whole = _contents(folder)
+    start = int(place * (len(raw) - 64))
+    raw[start : start + 8 * flips] = bytes(byte ^ 0x55 for byte in raw[start : start + 8 * flips])
+    data.write_bytes(raw)
+
+    with contextlib.suppress(JournalError):
+        assert _contents(folder) == whole
+
+
+def _contents(folder: Path) -> list[Any]:
+    with contextlib.closing(Journal(folder / "journal", "process")) as journal:
+        return list(journal.load())
+
+
+# --- a disk that is full ---
+
+
+def test_while_nothing_can_be_saved_nothing_is_told_and_nothing_is_taken(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caller = daemon.connect()
+    handle = caller.handle("s")
+
+    def fail(*_: Any) -> None:
+        raise JournalError("/srv/journal: cannot be written: No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(daemon.durable._journal, "commit", fail)
+        assert caller.run(chunk(handle, 1, draw(1, 3))) == []
+        refused = caller.ask(chunk(handle, 2, draw(2, 3)))
+        also_refused = caller.ask(opening("other"))
+        assert daemon.tick() is None
+    assert caller.take() == []  # not tried again yet
+    daemon.now += RETRY_SECONDS
+    (result,) = caller.take()
+    (second,) = caller.run(chunk(handle, 2, draw(2, 3), ack=1))
+
+    assert (refused.code, also_refused.code) == ("busy", "busy")
+    assert "cannot be written: No space left on device" in refused.body["text"]
+    assert daemon.stats.journal_failures == 1
+    found = np.concatenate([result.output, second.output])
+    np.testing.assert_allclose(found, expected(draw(1, 3), draw(2, 3)), rtol=1e-4, atol=1e-5)

@@ -1,0 +1,133 @@
+"""A durable daemon that is killed while it works: with a real process, real clients and a disk that runs full."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import recurd
+from process import Process, eventually
+from recurd.errors import ExitCode
+from recurrent import Network
+
+ROOT = Path(__file__).parents[2]
+PUMP = Network()
+
+
+@pytest.fixture(scope="module")
+def pump(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return PUMP.save(tmp_path_factory.mktemp("models") / "pump.onnx", proof=True)
+
+
+def serve(folder: Path, pump: Path, journal: Path, *flags: str) -> Process:
+    return Process(
+        folder, pump, "--bind", f"ipc://{folder}/socket", "--metrics", "127.0.0.1:0", "--journal", journal, *flags
+    )
+
+
+def draw(seed: int, steps: int = 5) -> np.ndarray:
+    return PUMP.draw(steps, np.random.default_rng(seed))
+
+
+def test_two_hundred_streams_and_twenty_kills_leave_every_bit_as_it_would_have_been(pump: Path) -> None:
+    command = [sys.executable, "bench/crash.py", str(pump), "--streams", "200", "--kills", "20", "--json"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    outcome = json.loads(done.stdout)
+    assert outcome["kills"] == 20
+    assert outcome["records"] > 2000
+    wrong = {key: outcome[key] for key in ("wrong_results", "lost_results", "doubled_results", "wrong_states")}
+    assert set(wrong.values()) == {0}, wrong
+
+
+def test_a_client_goes_on_by_itself_over_a_restart(pump: Path, tmp_path: Path) -> None:
+    with serve(tmp_path, pump, tmp_path / "journal", "--durability", "power") as first:
+        first.ready()
+        with recurd.connect(f"ipc://{tmp_path}/socket") as client:
+            stream = client.open("s", model="pump")
+            results = [stream.push(draw(1))]
+            first.stop(signal.SIGKILL)
+            with serve(tmp_path, pump, tmp_path / "journal", "--durability", "power") as second:
+                second.ready()
+                results.append(stream.push(draw(2)))
+                metrics = second.get("/metrics")[1]
+
+    whole = PUMP.run(np.concatenate([draw(1), draw(2)]))[0]["output"]
+    np.testing.assert_allclose(np.concatenate(results), whole, rtol=1e-4, atol=1e-5)
+    assert "streams=1" in second.log
+    assert "recurd_commit_seconds_count" in metrics
+
+
+def test_two_daemons_do_not_share_a_journal(pump: Path, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    with serve(tmp_path, pump, tmp_path / "journal") as first:
+        first.ready()
+        with serve(tmp_path / "other", pump, tmp_path / "journal") as second:
+            assert second.wait() == ExitCode.JOURNAL
+            assert "another daemon keeps its streams there" in second.log
+
+
+def test_a_damaged_journal_ends_the_start_with_one_sentence(pump: Path, tmp_path: Path) -> None:
+    with serve(tmp_path, pump, tmp_path / "journal") as daemon:
+        daemon.ready()
+        with recurd.connect(f"ipc://{tmp_path}/socket") as client:
+            client.open("s", model="pump").push(draw(1))
+        daemon.stop(signal.SIGTERM)
+    data = tmp_path / "journal" / "data.mdb"
+    data.write_bytes(data.read_bytes()[:5000])
+
+    with serve(tmp_path, pump, tmp_path / "journal") as daemon:
+        assert daemon.wait() == ExitCode.JOURNAL
+        assert daemon.log.rstrip().splitlines()[-1].startswith(f"recurd: {tmp_path}/journal: the journal is damaged")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 2 MB; it takes root to have one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder], capture_output=True, check=False)
+    if done.returncode:
+        pytest.skip(f"no tmpfs can be mounted here: {done.stderr.decode().strip()}")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def test_a_full_disk_holds_everything_up_and_loses_nothing(pump: Path, small_disk: Path, tmp_path: Path) -> None:
+    with serve(tmp_path, pump, small_disk / "journal") as daemon:
+        daemon.ready()
+        with recurd.connect(f"ipc://{tmp_path}/socket") as client:
+            stream, big = client.open("s", model="pump"), client.open("big", model="pump")
+            results = [stream.push(draw(1))]
+            ballast = small_disk / "ballast"
+            _fill(ballast)
+            futures = [stream.submit(draw(seed)) for seed in range(2, 12)]
+            long = big.submit(draw(99, 4000))  # its result needs pages that the store does not have
+            eventually(lambda: daemon.metric("recurd_journal_failures_total") > 0)
+            eventually(lambda: daemon.get("/readyz")[0] == 503)
+            assert not long.done()
+            ballast.unlink()
+            long.result(60)
+            results += [future.result(60) for future in futures]
+        assert "No space left on device" in daemon.log
+        assert "journal_recovered" in daemon.log
+        assert daemon.stop(signal.SIGTERM) == 0
+
+    whole = PUMP.run(np.concatenate([draw(seed) for seed in range(1, 12)]))[0]["output"]
+    np.testing.assert_allclose(np.concatenate(results), whole, rtol=1e-4, atol=1e-5)
+
+
+def _fill(path: Path) -> None:
+    with path.open("wb") as file:
+        try:
+            while True:
+                os.write(file.fileno(), bytes(4096))
+        except OSError:
+            return
