@@ -138,10 +138,13 @@ REFUSED: dict[str, tuple[Maker, tuple[str, ...], str]] = {
     "rows that see each other": (
         adding(node("ReduceMean", "x", "mean", axes=[0]), node("Add", "mean h", "h_out"), node("Neg", "h_out", "y")),
         (),
-        (
-            "FILE: what a row gives in 'y' depends on the other rows, so rows of several streams cannot share a "
-            "tick; export it again with a free batch axis"
-        ),
+        "FILE: what a row gives in 'y' depends on the other rows, so streams cannot share a tick",
+    ),
+    "dynamic quantisation": (
+        adding(node("DynamicQuantizeLinear", "x", "q scale zero"), node("DequantizeLinear", "q scale zero", "xx"),
+               node("Add", "xx h", "h_out"), node("Neg", "h_out", "y")),
+        (),
+        "FILE: what a row gives in 'y' depends on the other rows, so streams cannot share a tick; dynamic quantisation ",
     ),
     "a head without rows": (
         adding(*SUM, node("ReduceSum", "x", "total", keepdims=0),
@@ -387,6 +390,15 @@ def test_every_truncated_file_is_refused(tmp_path: Path) -> None:
 
 def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
     assert refused(tmp_path, tmp_path / "no.onnx") == "FILE: cannot be read: No such file or directory"
+
+
+def test_the_model_itself_is_never_written_over(tmp_path: Path) -> None:
+    path = lstm_file(tmp_path / "lstm.onnx")
+    before = path.read_bytes()
+    result = run(path, "-o", tmp_path / ".." / tmp_path.name / "lstm.onnx")
+    assert result.exit_code == ExitCode.USAGE
+    assert "is the model itself, which is left as it is; name another file to write" in result.stderr
+    assert path.read_bytes() == before
 
 
 def test_weights_that_are_missing_are_named(tmp_path: Path) -> None:

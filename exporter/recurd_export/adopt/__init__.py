@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from recurd_export.adopt.settings import Adoption, StatePair
+from recurd_export.errors import ExportUsageError
 
 if TYPE_CHECKING:
     from recurd_export.report import Report
@@ -45,6 +46,8 @@ def adopt(
     from recurd_export.adopt.front import front
 
     target = Path(path)
+    if target.resolve() == Path(source).resolve():
+        raise ExportUsageError(f"{target} is the model itself, which is left as it is; name another file to write")
     adoption = Adoption() if adoption is None else adoption
     facts = adoption.facts(default_name=target.stem)
     return pipeline.export(front(Path(source), adoption), target, facts, progress or (lambda stage: None))

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from recurd_export.adopt.foreign import Foreign, Port, first_line
+from recurd_export.adopt.foreign import Foreign, Port, first_line, nodes
 from recurd_export.adopt.hypotheses import CANNOT_SHARE, Hypothesis, hypotheses
 from recurd_export.adopt.layout import HeadLayout, Layout, StateLayout
 from recurd_export.adopt.roles import Roles
@@ -26,6 +26,7 @@ ROWS, STEPS = 3, 5
 MOST = 500
 #: Two runs agree when they differ by less of the largest value; layouts that are wrong differ by far more.
 CLOSE = 1e-3
+QUANTISED = "; dynamic quantisation scales by the whole batch, so adopt the model as it was before it was quantised"
 
 
 class _Stage(IntEnum):
@@ -63,7 +64,9 @@ def find(foreign: Foreign, roles: Roles, adoption: Adoption, known: Array | None
             if furthest is None or failed.stage > furthest.stage:
                 furthest = failed
     assert furthest is not None
-    raise ExportError(f"{foreign.path}: {furthest}") from furthest
+    quantised = any(node.op_type.startswith("DynamicQuantize") for node in nodes(foreign.proto.graph))
+    why = QUANTISED if quantised and furthest.stage is _Stage.ROWS else ""
+    raise ExportError(f"{foreign.path}: {furthest}{why}") from furthest
 
 
 @dataclass(frozen=True)
@@ -180,9 +183,10 @@ class _Probe:
             for mine, all_rows in zip(self._steps(x[row : row + 1]), together, strict=True):
                 for name, axis in axes.items():
                     if not _close(mine[name].take(0, axis), all_rows[name].take(row, axis)):
-                        raise _Failed(
-                            _Stage.ROWS, f"what a row gives in '{name}' depends on the other rows, {CANNOT_SHARE}"
+                        sentence = (
+                            f"what a row gives in '{name}' depends on the other rows, so streams cannot share a tick"
                         )
+                        raise _Failed(_Stage.ROWS, sentence)
 
     def _check_repeats(self, first: dict[str, Array]) -> None:
         again = self._run(self._draw(ROWS, 1), self._fresh(ROWS))
