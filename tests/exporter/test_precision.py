@@ -226,6 +226,31 @@ def test_a_precision_that_does_not_do_is_refused(
     assert not list(tmp_path.iterdir())
 
 
+class Average(nn.Module):
+    """One step: what is new, beside a slow average whose decay float16 does not have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+        mean = 0.99 * mean + 0.01 * (self.inner(x) + 2)
+        return x - mean, mean
+
+
+def test_a_float32_state_goes_through_float32_arithmetic_and_constants(tmp_path: Path) -> None:
+    example = (torch.zeros(2, 3), torch.zeros(2, 3))
+    worst = {}
+    for states in ("float32", "float16"):
+        report = recurd_export.export(
+            Average(), example, tmp_path / "m.onnx", step=True, precision="float16", state_precision=states
+        )
+        worst[states] = next(curve.worst for curve in report.drift.curves if curve.kind == "state")
+
+    assert worst["float32"] < 1e-3
+    assert worst["float16"] > 1e-2  # what is told, and why there is the other
+
+
 CONTRACT = Contract(
     name="x",
     input=Input(dtype="float32", shape=(2,)),
