@@ -162,9 +162,9 @@ def _entries(node: fx.Node, place: int) -> Any:
     name = _name(node)
     if name == "embedding":
         return shape[0]
-    if name == "index":
+    if name in ("index", "index_put"):
         return shape[place]
-    if name in ("gather", "index_select"):
+    if name in ("gather", "index_select", "scatter", "scatter_add", "index_copy", "index_add"):
         return shape[arguments[1]]
     return None  # an operator that is not known here
 

@@ -34,7 +34,7 @@ class Folded(Hoisted):
     def _unfold(self, head: HeadLayout, tensor: Tensor) -> Tensor:
         """A head of ``batch * time`` rows and one step as the contract has it."""
         batch, steps = self.carried.sizes
-        tensor = tensor.to(torch.float32) if head.as_float else tensor
+        tensor = head.restore(tensor.to(torch.float32) if head.as_float else tensor)
         rows = tensor.movedim(head.batch_axis, 0)
         if head.time_axis is not None:
             rows = tensor.movedim((head.batch_axis, head.time_axis), (0, 1)).squeeze(1)

@@ -13,6 +13,9 @@ from recurd_export.pytorch.arguments import BATCH, OTHER_BATCH, OTHER_STEPS, STE
 from recurd_export.pytorch.fresh import run_with
 from recurd_export.pytorch.watch import Run, shape_changer, tensors
 
+#: What a returned state may differ from the state by.
+ATOL, RTOL = 1e-6, 1e-5
+
 
 @dataclass(frozen=True)
 class HeadLayout:
@@ -27,6 +30,14 @@ class HeadLayout:
     outer: Literal["batch", "time"] | None = None
     #: Whole numbers that are sent as float32, because other heads are and a result has one type.
     as_float: bool = False
+    #: Number of axes, as the model gives it.
+    rank: int = 0
+
+    def restore(self, tensor: Tensor) -> Tensor:
+        """The head of one step, whose time axis a ``squeeze()`` may have taken away."""
+        if self.time_axis is not None and tensor.dim() == self.rank - 1:
+            return tensor.unsqueeze(self.time_axis)
+        return tensor
 
     def arrange(self, tensor: Tensor, batch: Any, steps: Any) -> Tensor:
         """The head as ``[batch, time, ...]``, or ``[batch, ...]`` for the last step."""
@@ -89,9 +100,21 @@ def _returned_states(arguments: Arguments, run: Run, tensors: Sequence[Tensor]) 
     return tuple(
         position
         for position, tensor in enumerate(tensors)
-        if any(tensor.shape == state.shape and torch.equal(tensor, state) for state in left)
-        or (tensor.shape in shapes and bool(torch.isin(tensor, values).all()))
+        if tensor.dtype == torch.float32
+        and (
+            any(tensor.shape == state.shape and torch.allclose(tensor, state, RTOL, ATOL) for state in left)
+            or (tensor.shape in shapes and _all_among(tensor, values))
+        )
     )
+
+
+def _all_among(tensor: Tensor, values: Tensor) -> bool:
+    """Whether every element is one of the values but for rounding (a loop's states may come from another run)."""
+    ordered, wanted = values.sort().values, tensor.flatten()
+    places = torch.searchsorted(ordered, wanted)
+    nearest = [ordered[(places + shift).clamp(0, len(ordered) - 1)] for shift in (-1, 0)]
+    off = torch.minimum(*((wanted - near).abs() for near in nearest))
+    return bool((off <= ATOL + RTOL * wanted.abs()).all())
 
 
 def _argument_shapes(arguments: Arguments) -> list[torch.Size]:
@@ -139,11 +162,11 @@ def _axes(name: str, position: int, shapes: Sequence[tuple[int, ...]], run: Run)
             axes[roles.get(sizes, "other")].append(axis)
     batch, time, both = axes["batch"], axes["time"], axes["both"]
     if not axes["other"] and (len(batch), len(time), len(both)) == (1, 1, 0):
-        return HeadLayout(name, position, "step", batch[0], time[0])
+        return HeadLayout(name, position, "step", batch[0], time[0], rank=len(shapes[0]))
     if not axes["other"] and (len(batch), len(time), len(both)) == (1, 0, 0):
-        return HeadLayout(name, position, "last", batch[0])
+        return HeadLayout(name, position, "last", batch[0], rank=len(shapes[0]))
     if not axes["other"] and (len(batch), len(time), len(both)) == (0, 0, 1):
-        return HeadLayout(name, position, "step", both[0], outer="batch")
+        return HeadLayout(name, position, "step", both[0], outer="batch", rank=len(shapes[0]))
     changer = shape_changer(run, STEPS)
     if changer is not None:
         raise ExportError(changer)

@@ -74,6 +74,10 @@ class Stepped(Hoisted):
             numbers = {name: made.number_of(tensor) for name, tensor in self._given.items()}
             self._starts[steps] = {number: name for name, number in numbers.items() if number is not None}
 
+    def results(self, input: Tensor) -> list[Tensor]:
+        """See :meth:`Hoisted.results`."""
+        return [head.restore(result) for head, result in zip(self.layout.heads, super().results(input), strict=True)]
+
     def last_steps(self, x: Tensor, steps: int, time_axis: int) -> Tensor:
         """See :meth:`Hoisted.last_steps`: those after the first of the steps that are run."""
         return x.narrow(time_axis, 1, steps)

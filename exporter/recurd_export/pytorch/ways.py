@@ -33,7 +33,10 @@ def choose(model: nn.Module, layout: Layout) -> Hoisted:
     if not layout.causal:
         raise ExportError(_looks_ahead(model, layout))
     for seen in (False, True):
-        hoisted = Stepped(model, layout, seen=seen)
+        try:
+            hoisted = Stepped(model, layout, seen=seen)
+        except Exception:  # a forward may raise anything for the one step it is given here
+            continue
         if _agrees(hoisted, model, layout):
             return hoisted
     layer = mixing_module(model, layout)
