@@ -179,6 +179,25 @@ def test_a_files_own_lengths_are_used_where_its_states_heed_them(
     assert expected in kinds(report.path)
 
 
+def test_lengths_that_a_file_works_out_itself_are_left_to_it(tmp_path: Path, plain_run: Any) -> None:
+    """As converters from TensorFlow write them: every row is as long as the whole."""
+    path = lstm_file(tmp_path / "lstm.onnx", lengths="own")
+    model = onnx.load(path)
+    shape = [
+        node("Shape", "x", "rows", start=0, end=1),
+        node("Shape", "x", "steps", start=1, end=2),
+        node("Expand", "steps rows", "wide"),
+        node("Cast", "wide", "own", to=onnx.TensorProto.INT32),
+    ]
+    for place, each in enumerate(shape):
+        model.graph.node.insert(place, each)
+    onnx.save(model, path)
+    report = adopt(path, tmp_path / "adopted.onnx")
+    truth = whole(Original(path, {"h0": "hn", "c0": "cn"}))
+    hold(plain_run(report.path), truth, [draw(steps, FEATURES) for steps in LENGTHS], ["h0"])
+    assert "Scan" in kinds(report.path)
+
+
 def test_a_head_of_the_last_step_becomes_one_of_every_step(tmp_path: Path, plain_run: Any) -> None:
     more = [node("Gather", "before last", "end", axis=1), node("MatMul", "end V", "y")]
     path = lstm_file(tmp_path / "lstm.onnx", more=more, y=["batch", OUTPUTS])

@@ -144,7 +144,7 @@ REFUSED: dict[str, tuple[Maker, tuple[str, ...], str]] = {
         adding(node("DynamicQuantizeLinear", "x", "q scale zero"), node("DequantizeLinear", "q scale zero", "xx"),
                node("Add", "xx h", "h_out"), node("Neg", "h_out", "y")),
         (),
-        "FILE: what a row gives in 'y' depends on the other rows, so streams cannot share a tick; dynamic quantisation ",
+        "FILE: what a row gives in 'y' depends on the other rows, so streams cannot share a tick; dynamic ",
     ),
     "a head without rows": (
         adding(*SUM, node("ReduceSum", "x", "total", keepdims=0),

@@ -79,9 +79,8 @@ def _with_lengths(proto: ModelProto) -> tuple[ModelProto, Port | None]:
     free = (f"lengths{number}" for number in itertools.count() if f"lengths{number}" not in names)
     port = Port(next(free), "int32", (None,))
     for node in found:
-        told = len(node.input) > SEQUENCE_LENS and node.input[SEQUENCE_LENS]
-        if told or any(a.name == "direction" and a.s != b"forward" for a in node.attribute):
-            return proto, None
+        if len(node.input) > SEQUENCE_LENS and node.input[SEQUENCE_LENS]:
+            return proto, None  # it is told something already, which may depend on the input
         node.input.extend([""] * (SEQUENCE_LENS + 1 - len(node.input)))
         node.input[SEQUENCE_LENS] = port.name
     wired.graph.input.append(signature.tensor(port.name, port.dtype, ["batch"]))
