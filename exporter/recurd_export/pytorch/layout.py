@@ -22,6 +22,7 @@ from recurd_export.pytorch.convolutions import find as find_convolutions
 from recurd_export.pytorch.convolved import KINDS
 from recurd_export.pytorch.fresh import run_with
 from recurd_export.pytorch.kept import find_kept
+from recurd_export.pytorch.loops import calls_trouble, check_loops
 from recurd_export.pytorch.outputs import HeadLayout, find_outputs
 from recurd_export.pytorch.recurrence import Recurrence
 from recurd_export.pytorch.recurrence import recurrences as find_recurrences
@@ -97,7 +98,7 @@ def find(model: nn.Module, example: Any) -> Layout:
         run_with(model, arguments, arguments.random(BATCH, OTHER_STEPS, 2)),
     ]
     _check_steady(runs)
-    _check_loops(run)
+    check_loops(run)
     recurrences = find_recurrences([run.calls for run in runs], lambda call: _unsteady(model, arguments, call))
     convolutions = find_convolutions(runs)
     taken = {name for one in recurrences for name in names(one.states)}
@@ -224,7 +225,7 @@ def _check_sizes(model: nn.Module, run: Run) -> None:
         )
     call = next(c for c in run.calls if (c.batch, c.steps) != (BATCH, STEPS))
     if call.taken and call.batch == BATCH:
-        raise ExportError(_often(model, call))
+        raise ExportError(calls_trouble(model, call))
     if call.steps == 1 and sum(c.path == call.path for c in run.calls) >= STEPS:
         raise ExportError(f"{call.label} is called once for every time step; call it once over the whole sequence")
     changer = shape_changer(run, STEPS)
@@ -234,45 +235,6 @@ def _check_sizes(model: nn.Module, run: Run) -> None:
         f"{call.label} runs over a batch of {call.batch} and {call.steps} steps where the model was given a batch of "
         f"{BATCH} and {STEPS} steps; each of its rows must be one stream"
     )
-
-
-def _often(model: nn.Module, call: Call) -> str:
-    """Why a cell is called other than once a step."""
-    paths = [
-        path for path, module in model.named_modules(remove_duplicate=False) if module is model.get_submodule(call.path)
-    ]
-    others = [f"'{path}'" for path in paths if path != call.path]
-    times = "once" if call.steps == 1 else f"{call.steps} times"
-    what = f"{call.label} is called {times} for {STEPS} steps"
-    if others:
-        return (
-            f"{what}: it is {' and '.join(others)} too, and one cell has one state; give each place a cell of its own"
-        )
-    return f"{what}; a cell must be called once a step, on a batch of one row a stream"
-
-
-def _check_loops(run: Run) -> None:
-    """A cell must be handed in every step what the step before has made of its state."""
-    for call in run.calls:
-        resets = [
-            step
-            for step, (before, now) in enumerate(itertools.pairwise(call.taken), start=2)
-            if _is_start(now, call) and not (now.given and all(map(torch.equal, now.given, before.left)))
-        ]
-        if resets and len(resets) == len(call.taken) - 1:
-            raise ExportError(f"the loop never hands the state of {call.label} from one step to the next")
-        if resets:
-            raise ExportError(
-                f"the state of {call.label} is reset inside the loop (in step {resets[0]} of {STEPS}); a stream's "
-                f"state is reset from outside"
-            )
-
-
-def _is_start(step: Call, loop: Call) -> bool:
-    """Whether a step of a cell starts from the state that the loop starts from."""
-    if step.given is None or loop.given is None:
-        return step.given is loop.given or not any(part.any() for part in (*(step.given or ()), *(loop.given or ())))
-    return all(map(torch.equal, step.given, loop.given))
 
 
 def _check_state_arguments(model: nn.Module, x: Tensor, rest: tuple[Any, ...]) -> None:
