@@ -48,6 +48,8 @@ class Run(msgspec.Struct, frozen=True):
     #: The whole process, imports included; the export itself; its stages.
     process_seconds: float
     export_seconds: float
+    #: CPU seconds of the whole process, which other processes disturb less than the others.
+    cpu_seconds: float
     stages: dict[str, float]
     bytes: int
     #: Against the source: largest error of the short checks and of the long run, of the head.
@@ -124,6 +126,7 @@ def one_here(precision: str, states: str, hidden: int) -> None:
         states=states,
         process_seconds=0.0,
         export_seconds=report.seconds,
+        cpu_seconds=time.process_time(),
         stages=stages.ended(),
         bytes=report.bytes,
         error=max(check.error for check in report.checks),
@@ -157,15 +160,16 @@ class Stages:
 
 def summary(runs: list[Run]) -> str:
     """Medians and ranges by precision, and the stages of the first one."""
-    heads = ("export s", "range", "process s", "MB", "checks", "drift", "at end", "steps")
-    lines = ["{:34} {:>8} {:>10} {:>9} {:>6} {:>8} {:>8} {:>8} {:>6}".format("", *heads)]
+    heads = ("export s", "range", "process s", "CPU s", "MB", "checks", "drift", "at end", "steps")
+    lines = ["{:34} {:>8} {:>10} {:>9} {:>6} {:>6} {:>8} {:>8} {:>8} {:>6}".format("", *heads)]
     for choice in CHOICES:
         mine = [run for run in runs if (run.precision, run.states) == choice]
         seconds = [run.export_seconds for run in mine]
         last = mine[-1]
         lines.append(
             f"{choice!s:34} {statistics.median(seconds):8.1f} {f'{min(seconds):.1f}-{max(seconds):.1f}':>10} "
-            f"{statistics.median(run.process_seconds for run in mine):9.1f} {last.bytes / 1e6:6.2f} {last.error:8.1e} "
+            f"{statistics.median(run.process_seconds for run in mine):9.1f} "
+            f"{statistics.median(run.cpu_seconds for run in mine):6.1f} {last.bytes / 1e6:6.2f} {last.error:8.1e} "
             f"{last.drift:8.1e} {last.drift_at_the_end:8.1e} {statistics.median(r.drift_steps for r in mine):6,.0f}"
         )
     plain = [run for run in runs if (run.precision, run.states) == CHOICES[0]]
