@@ -112,6 +112,7 @@ LAYERS: dict[str, Build] = {
         L.ActivityRegularization(),
     ),
     "dense without bias": lambda: model_of(L.Dense(3, use_bias=False, activation="tanh")),
+    "dense with a layer for activation": lambda: model_of(L.Dense(3, activation=L.LeakyReLU(negative_slope=0.4))),
     "dense of steps of two axes": lambda: model_of(L.Dense(3), shape=(None, 3, 2)),
     "reshape of a fixed time": lambda: model_of(L.Reshape((11, 2, 2)), shape=(11, 4)),
     "reshape of any time": lambda: model_of(L.Reshape((-1, 2, 2)), shape=(None, 4)),

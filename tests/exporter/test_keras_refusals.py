@@ -156,6 +156,10 @@ MODELS: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: model_of(L.UpSampling1D(2), L.LSTM(3)),
         "(UpSampling1D) cannot be exported; build the model of Keras' own layers",
     ),
+    "convolution": (
+        lambda: model_of(L.Conv1D(3, 2, padding="causal"), L.LSTM(3)),
+        "(Conv1D) looks at several steps at once, and its last inputs are carried on for torch models only; write it",
+    ),
     "repeat": (
         lambda: model_of(L.LSTM(3), L.RepeatVector(4), L.LSTM(3)),
         "(RepeatVector) makes time steps of one",

@@ -1,6 +1,7 @@
 """Every Keras layer that can be exported, as a torch module that works the same on each step."""
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,8 @@ _REASONS = {
     "Masking": "leaves out steps by their value, and the exported file leaves out none: which steps are real is told "
     "by the length of each chunk; remove the layer and send real steps only",
     "Lambda": "is code that is not looked into; use Keras' own layers for what it does",
+    "Conv1D": "looks at several steps at once, and its last inputs are carried on for torch models only; write it in "
+    "torch and export that",
     "RepeatVector": "makes time steps of one, so chunks of a stream would not fit together",
     "Attention": "looks at every step of a sequence, so results would depend on how a stream is cut into chunks",
     "MultiHeadAttention": "looks at every step of a sequence, so results would depend on how a stream is cut into "
@@ -60,7 +63,14 @@ def _identity(place: Place) -> Built:
 
 
 def _activation(place: Place) -> Built:
-    return Built(Apply(activation(place.layer, place.layer.activation)))
+    return Built(Apply(_function(place, place.layer.activation)))
+
+
+def _function(place: Place, function: Any) -> Callable[[Tensor], Tensor]:
+    """A layer's activation, which may be a layer without weights itself."""
+    if own_name(function) in ("ReLU", "LeakyReLU", "ELU", "Softmax"):
+        return build(Place(function, place.shapes, place.timed)).module
+    return activation(place.layer, function)
 
 
 def _dense(place: Place) -> Built:
@@ -70,7 +80,7 @@ def _dense(place: Place) -> Built:
         linear.weight.copy_(torch.from_numpy(as_array(layer.kernel).T))
         if layer.use_bias:
             linear.bias.copy_(torch.from_numpy(as_array(layer.bias)))
-    return Built(linear, activation(layer, layer.activation))
+    return Built(linear, _function(place, layer.activation))
 
 
 def _embedding(place: Place) -> Built:
