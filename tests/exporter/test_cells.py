@@ -272,9 +272,19 @@ def test_a_loop_gives_what_torch_gives(tmp_path: Path, plain_run: Any, name: str
     assert [n.op_type for n in plain.model.graph.node if n.op_type in ("LSTM", "GRU", "RNN", "Scan")] == case.nodes
     assert report.contract.causal is case.causal
     assert any(("Scan" if case.nodes == ["Scan"] else "fused") in note for note in report.notes)
+    if isinstance(model, Passes):
+        _assert_states_of(model, report)
     _assert_whole_and_padded(case, model, plain)
     if case.causal:
         _assert_chunks(case, model, plain)
+
+
+def _assert_states_of(model: Passes, report: Any) -> None:
+    """States of cells have no axis of layers, and may begin with what was learned."""
+    h, c = report.contract.states
+    assert (h.name, h.shape, h.batch_axis, c.name) == ("cell.h", (6,), 0, "cell.c")
+    np.testing.assert_array_equal(c.initial_array(), model.start[1].detach().numpy())
+    assert "hoisted cell (LSTM, 1 layer of 6), initial learned: cell.h, cell.c" in str(report)
 
 
 def _input(case: Case, rows: int, steps: int) -> Tensor:
@@ -306,17 +316,6 @@ def _assert_chunks(case: Case, model: nn.Module, plain: Any) -> None:
         expected = case.call(model, x)
     heads, _ = plain.chunks(x.numpy(), [1, 2, 7])
     np.testing.assert_allclose(heads["output"], expected, rtol=1e-4, atol=2e-6)
-
-
-def test_states_of_cells_have_no_axis_of_layers_and_may_be_learned(tmp_path: Path) -> None:
-    model = Passes()
-
-    report = recurd_export.export(model, EXAMPLE, tmp_path / "m.onnx")
-
-    h, c = report.contract.states
-    assert (h.name, h.shape, h.batch_axis, c.name) == ("cell.h", (6,), 0, "cell.c")
-    np.testing.assert_array_equal(c.initial_array(), model.start[1].detach().numpy())
-    assert "hoisted cell (LSTM, 1 layer of 6), initial learned: cell.h, cell.c" in str(report)
 
 
 # --- what is refused ---
