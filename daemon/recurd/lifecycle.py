@@ -29,6 +29,8 @@ class Identity:
     epoch: bytes
     #: Device asked for, device in use, whether the second is a fall-back.
     device: dict[str, Any]
+    #: Models whose results were found not to depend, in any bit, on who shares a tick and how a stream is cut.
+    bit_exact: tuple[str, ...] = ()
 
 
 class Lifecycle:
@@ -84,6 +86,7 @@ class Lifecycle:
             peer_timeout_seconds=self._timeouts.peer_idle_seconds,
             device=self._identity.device,
             durability=self._durability,
+            bit_exact=self._identity.bit_exact,
             models={name: lane.contract.public() for name, lane in self._lanes.items()},
         )
         self._outbox.send_control(peer, wire.control(wire.Type.WELCOME, welcome, seq=header.seq))

@@ -63,14 +63,16 @@ class Server:
         # /healthz and /readyz answer while models are loaded.
         labels: dict[str, ModelLabels] = {}
         self._http = self._open_http(Collector(stats, labels, device_fallback=fallback), stack)
-        self._models = _load_models(settings, device, log)
+        self._models, bit_exact = _load_models(settings, device, log)
         for name, model in self._models.items():
             labels[name] = ModelLabels(model.contract.version, model.device, model.contract.weights_sha256[:12])
         stats.state_bytes["device"] = sum(model.state_bytes for model in self._models.values())
         self._engine = Engine(
             settings,
             {name: (model.contract, model.slots) for name, model in self._models.items()},
-            identity=Identity(os.urandom(8), {"wanted": settings.device, "used": device, "fallback": fallback}),
+            identity=Identity(
+                os.urandom(8), {"wanted": settings.device, "used": device, "fallback": fallback}, bit_exact
+            ),
             stats=stats,
             log=log,
         )
@@ -223,9 +225,15 @@ class Server:
         return self._stop_at is not None and (not self._engine.queued_chunks or time.monotonic() >= self._stop_at)
 
 
-def _load_models(settings: config.Config, device: str, log: "FilteringBoundLogger") -> dict[str, Model]:
-    """Load every model and replay its golden vectors, so that a wrong answer stops the start and not a customer."""
+def _load_models(
+    settings: config.Config, device: str, log: "FilteringBoundLogger"
+) -> tuple[dict[str, Model], tuple[str, ...]]:
+    """Load every model and replay its golden vectors, so that a wrong answer stops the start and not a customer.
+
+    The second result names those that are bit-exact.
+    """
     models: dict[str, Model] = {}
+    bit_exact = []
     for entry in settings.models:
         begin = time.monotonic()
         model = Model.load(entry.path, device=device, slots=entry.slots or settings.slots, threads=settings.threads)
@@ -233,6 +241,8 @@ def _load_models(settings: config.Config, device: str, log: "FilteringBoundLogge
         if name in models:
             raise ConfigError(f"{entry.path}: there is a model '{name}' already; give it another name in [[models]]")
         error = verify.replay_golden(model)
+        if verify.is_bit_exact(model, settings.tick.rows):
+            bit_exact.append(name)
         models[name] = model
         log.info(
             "model_loaded",
@@ -242,9 +252,10 @@ def _load_models(settings: config.Config, device: str, log: "FilteringBoundLogge
             slots=model.slots,
             state_bytes=model.state_bytes,
             golden_error=error,
+            bit_exact=name in bit_exact,
             seconds=round(time.monotonic() - begin, 3),
         )
-    return models
+    return models, tuple(bit_exact)
 
 
 def _bind(settings: config.Config, stack: ExitStack) -> tuple[zmq.Socket[bytes], list[str]]:

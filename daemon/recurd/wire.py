@@ -304,6 +304,9 @@ class Welcome(msgspec.Struct, kw_only=True, frozen=True):
     device: dict[str, Any]
     #: What streams survive: ``off`` (nothing), ``process`` (the daemon's death), ``power`` (the machine's).
     durability: str = "off"
+    #: Models that give the same bits whoever shares a tick and however a stream is cut, as tried at the start: streams
+    #: of these are resumed bit for bit.
+    bit_exact: tuple[str, ...] = ()
     #: Contracts by model name, without their proofs (contract.public()).
     models: dict[str, Any]
 
