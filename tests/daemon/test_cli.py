@@ -207,10 +207,8 @@ def test_every_extra_that_is_named_exists() -> None:
 
 
 def settings(**flags: object) -> Config:
-    none = dict.fromkeys(
-        ("config_file", "log_format", "log_level", "metrics", "device", "slots", "threads", "insecure")
-        + ("journal", "durability", "accept_drift")
-    )
+    names = "config_file log_format log_level metrics device slots threads insecure journal durability accept_drift"
+    none = dict.fromkeys(names.split())
     return build_config(**{"models": (Path("a.onnx"),), "bind": (), **none, **flags})  # type: ignore[arg-type]
 
 
