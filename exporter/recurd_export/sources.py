@@ -79,6 +79,6 @@ def _keras(model: Any, example: Any, step: bool) -> FrontEnd:
 
 
 def _is_keras(model: Any) -> bool:
-    """Whether it is a Keras model; one is only where somebody has imported keras. (On torch it is an nn.Module too.)"""
+    """Whether it is Keras' own; it is only where somebody has imported keras. (On torch it is an nn.Module too.)"""
     keras = sys.modules.get("keras")
-    return keras is not None and isinstance(model, keras.Model)
+    return keras is not None and isinstance(model, keras.layers.Layer)

@@ -229,8 +229,9 @@ def test_integers_must_be_ids() -> None:
     )
 
 
-def test_what_is_no_model_is_refused() -> None:
-    assert "LSTM is no model" in refusal(L.LSTM(3))
+def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="LSTM is a layer, not a model; put it behind a"):
+        recurd_export.export(L.LSTM(3), None, tmp_path / "net.onnx")
 
 
 def test_a_quantised_model_is_refused() -> None:

@@ -82,10 +82,11 @@ def _check_model(model: Any) -> None:
             f"keras.Input, and build it in float32 or mixed precision"
         )
     if not is_graph(model):
-        what = "a subclassed model" if isinstance(model, keras.Model) else "no model"
+        if not isinstance(model, keras.Model):
+            raise ExportError(f"{kind} is a layer, not a model; put it behind a keras.Input in a keras.Sequential")
         raise ExportError(
-            f"{kind} is {what}, whose code cannot be looked into; build it with keras.Sequential or the functional "
-            f"API (keras.Model(inputs, outputs)), or write its step in torch and export that"
+            f"{kind} is a subclassed model, whose code cannot be looked into; build it with keras.Sequential or the "
+            f"functional API (keras.Model(inputs, outputs)), or write its step in torch and export that"
         )
     if len(model.inputs) != 1:
         names = ", ".join(f"'{tensor.name}'" for tensor in model.inputs)

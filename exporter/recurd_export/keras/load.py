@@ -29,7 +29,7 @@ def import_keras() -> Any:
     Raises :class:`ExportError` when there is no Keras, or an old one.
     """
     wanted = os.environ.get("KERAS_BACKEND")
-    if "keras" not in sys.modules and (wanted is None or importlib.util.find_spec(wanted) is None):
+    if "keras" not in sys.modules and (not wanted or importlib.util.find_spec(wanted) is None):
         os.environ["KERAS_BACKEND"] = "torch"
     try:
         import keras
