@@ -23,7 +23,7 @@ EXAMPLE = torch.zeros(2, 8, 5)
 def _short_drift() -> Iterator[None]:
     """These models run step by step in Python; the long stream has tests of its own."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(drift, "BUDGET_SECONDS", 0.05)
+        patch.setattr(drift, "STEPS", 100)
         yield
 
 

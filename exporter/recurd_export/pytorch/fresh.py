@@ -20,26 +20,35 @@ def fresh_run(
     convolve: Convolve | None = None,
     *,
     plain: bool = False,
+    passages: bool = True,
 ) -> Run:
     """Run a copy on an input ``[batch, time, ...]``, all its states being zeros (or what ``inject`` and
     ``convolve`` give). ``plain``: every cell in a loop is known to be handed its state as it left it.
+    ``passages``: see :func:`~recurd_export.pytorch.watch.watch`.
 
     Raises :class:`~recurd_export.pytorch.watch.ForwardError` when its forward does.
     """
-    run = _run(model, arguments, x, inject, convolve)
+    run = _run(model, arguments, x, inject, convolve, passages)
     loops = [call for call in run.calls if call.taken]
     if not loops or plain or (x.shape[1] > 1 and all(map(is_plain, loops))):
         return run
     # What a loop makes of a cell's state after a step is seen when it hands it to the next step.
-    longer = _run(model, arguments, torch.cat([x, x[:, -1:]], dim=1), inject, convolve)
+    longer = _run(model, arguments, torch.cat([x, x[:, -1:]], dim=1), inject, convolve, passages)
     later = {call.key: call for call in longer.calls}
     return replace(run, calls=tuple(_handed_on(call, later.get(call.key)) for call in run.calls))
 
 
-def _run(model: nn.Module, arguments: Arguments, x: Tensor, inject: Inject | None, convolve: Convolve | None) -> Run:
+def _run(
+    model: nn.Module,
+    arguments: Arguments,
+    x: Tensor,
+    inject: Inject | None,
+    convolve: Convolve | None,
+    passages: bool,
+) -> Run:
     copied = copy_of(model)
     arguments.prepare(copied, len(x))
-    return watch(copied, arguments.with_input(x), inject, convolve)
+    return watch(copied, arguments.with_input(x), inject, convolve, passages=passages)
 
 
 def _handed_on(call: Call, longer: Call | None) -> Call:

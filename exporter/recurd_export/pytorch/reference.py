@@ -110,7 +110,9 @@ class Reference:
         tensor = tensor.to(self._dtype) if tensor.is_floating_point() else tensor
         try:
             convolve = convolutions.carrying(self._layout.convolutions, states)
-            run = fresh_run(self._model, self._layout.arguments, tensor, inject, convolve, plain=self._layout.plain)
+            run = fresh_run(
+                self._model, self._layout.arguments, tensor, inject, convolve, plain=self._layout.plain, passages=False
+            )
         except ForwardError as error:
             raise ExportError(
                 f"the model's forward fails with a batch of {batch} and {steps} steps: {error}"

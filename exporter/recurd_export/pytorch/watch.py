@@ -127,13 +127,19 @@ def tensors(value: Any) -> Iterator[Tensor]:
 
 
 def watch(
-    copied: nn.Module, args: tuple[Any, ...], inject: Inject | None = None, convolve: Convolve | None = None
+    copied: nn.Module,
+    args: tuple[Any, ...],
+    inject: Inject | None = None,
+    convolve: Convolve | None = None,
+    *,
+    passages: bool = True,
 ) -> Run:
     """Run a copy (see :func:`copy_of`) once, without gradients.
 
+    Without ``passages`` only what recurrent modules and convolutions do is noted down, which is faster.
     Raises :class:`ForwardError` when the forward raises, :class:`ExportError` for what no recurrent layer may get here.
     """
-    recorder = _Recorder(copied, inject)
+    recorder = _Recorder(copied, inject, passages)
     convolutions = ConvolutionRecorder(copied, convolve)
     try:
         with torch.no_grad():
@@ -196,7 +202,7 @@ def _grows(before: Sequence[int], after: Sequence[int], steps: int) -> bool:
 class _Recorder:
     """Hooks on every module of one copy, for one forward."""
 
-    def __init__(self, model: nn.Module, inject: Inject | None) -> None:
+    def __init__(self, model: nn.Module, inject: Inject | None, passages: bool) -> None:
         self.calls: list[Call] = []
         self.passages: list[Passage] = []
         self.lookups: list[tuple[int, Tensor]] = []
@@ -209,7 +215,10 @@ class _Recorder:
         self._ordinals: dict[str, int] = defaultdict(int)
         self._handles = []
         for path, module in model.named_modules():
-            enter = self._enter(path, isinstance(module, nn.RNNBase | nn.RNNCellBase))
+            is_recurrent = isinstance(module, nn.RNNBase | nn.RNNCellBase)
+            if not (passages or is_recurrent):
+                continue
+            enter = self._enter(path, is_recurrent)
             self._handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
             self._handles.append(module.register_forward_hook(self._leave(path), with_kwargs=True))
 
