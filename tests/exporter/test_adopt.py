@@ -15,6 +15,7 @@ from click.testing import CliRunner, Result
 from onnx import helper, numpy_helper
 
 from foreign_models import FEATURES, HIDDEN, OUTPUTS, Original, Size, lstm_file, lstm_weights, node, port, save
+from recurd import contract as contracts
 from recurd.cli import main
 from recurd.errors import ExitCode
 from recurd.verify import verify
@@ -616,3 +617,26 @@ def test_progress_is_told_and_no_framework_is_loaded(tmp_path: Path) -> None:
 
 def test_the_report_is_an_exports_own(tmp_path: Path) -> None:
     assert isinstance(adopt(lstm_file(tmp_path / "lstm.onnx"), tmp_path / "adopted.onnx"), Report)
+
+
+def test_an_adopted_model_is_normalised_and_rounded_as_an_exported_one_is(tmp_path: Path) -> None:
+    source = lstm_file(tmp_path / "lstm.onnx")
+    (tmp_path / "n.json").write_text('{"mean": 100.0, "std": 4.0}')
+    precision = ("--precision", "bfloat16-weights", "--state-precision", "float16")
+
+    result = run(
+        source,
+        "-o",
+        tmp_path / "a.onnx",
+        "--normalize",
+        tmp_path / "n.json",
+        *precision,
+        "--report",
+        tmp_path / "a.html",
+    )
+
+    assert result.exit_code == ExitCode.OK, result.output
+    _, contract = contracts.load(tmp_path / "a.onnx")
+    assert contract.input.mean == (100.0,) * FEATURES
+    assert {state.dtype for state in contract.states} == {"float16"}
+    assert "<svg" in (tmp_path / "a.html").read_text()

@@ -13,7 +13,7 @@
 from collections.abc import Callable
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from recurd_export.adopt.settings import Adoption, StatePair
 from recurd_export.errors import ExportUsageError
@@ -29,6 +29,10 @@ def adopt(
     path: str | PathLike[str],
     adoption: Adoption | None = None,
     *,
+    normalize: Any = None,
+    precision: str = "float32",
+    state_precision: str | None = None,
+    report: str | PathLike[str] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> "Report":
     """Turn a stateful ONNX model that somebody else made into a contract file, and prove that it does what it did.
@@ -37,6 +41,7 @@ def adopt(
         source: the ONNX file; it is left as it is.
         path: the file to write; it gets this name only when everything was verified.
         adoption: what cannot be found in the file.
+        normalize, precision, state_precision, report: as in :func:`recurd_export.export`.
         progress: is told the name of each stage as it begins.
 
     Raises:
@@ -44,10 +49,13 @@ def adopt(
     """
     from recurd_export import pipeline  # onnx takes its time
     from recurd_export.adopt.front import front
+    from recurd_export.options import options
 
     target = Path(path)
     if target.resolve() == Path(source).resolve():
         raise ExportUsageError(f"{target} is the model itself, which is left as it is; name another file to write")
     adoption = Adoption() if adoption is None else adoption
     facts = adoption.facts(default_name=target.stem)
-    return pipeline.export(front(Path(source), adoption), target, facts, progress or (lambda stage: None))
+    page = None if report is None else Path(report)
+    chosen = options(normalize=normalize, precision=precision, state_precision=state_precision, page=page)
+    return pipeline.export(front(Path(source), adoption), target, facts, progress or (lambda stage: None), chosen)

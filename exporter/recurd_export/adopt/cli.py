@@ -1,6 +1,5 @@
 """``recurd adopt``: a stateful ONNX file of others to a contract file."""
 
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -8,8 +7,8 @@ from typing import Any, NoReturn
 import click
 import msgspec
 
+from recurd_export import command
 from recurd_export.adopt.settings import Adoption, StatePair, read
-from recurd_export.cli import _bar, _labels_of_a_head, _Stages, _words
 from recurd_export.errors import ExportUsageError
 
 EPILOG = """\b
@@ -68,11 +67,11 @@ def _named(text: str, option: str, example: str) -> tuple[str, str]:
 @click.option("--classes", type=click.IntRange(1), help="Token ids are below this number.")
 @click.option("--name", help="Name of the model in the daemon.  [the new file's name without .onnx]")
 @click.option("--model-version", "version", help="Version of the model.  [1]")
-@click.option("--features", callback=_words, help="Names of the features, separated by commas.")
-@click.option("--units", callback=_words, help="Their units, separated by commas.")
+@click.option("--features", callback=command.words, help="Names of the features, separated by commas.")
+@click.option("--units", callback=command.words, help="Their units, separated by commas.")
 @click.option("--labels", multiple=True, metavar="HEAD=A,B,...", help="Names of a head's elements (classes).")
 @click.option("--sample-rate-hz", type=float, help="Rate of the steps.")
-@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@command.with_choices
 def adopt(model: Path | None, config: Path | None, out: Path | None, as_json: bool, **options: Any) -> None:
     """Give a contract to a stateful ONNX model of others, and prove that the new file does what the old one does.
 
@@ -87,14 +86,8 @@ def adopt(model: Path | None, config: Path | None, out: Path | None, as_json: bo
     target = out or (adoption.out and Path(adoption.out)) or _missing("file to write", "--out")
     from recurd_export.adopt import adopt as run  # brings onnxruntime, which '--help' does without
 
-    with _bar() as bar:
-        stages = _Stages(bar)
-        report = run(source, target, adoption, progress=stages)
-        stages.finish()
-    if as_json:
-        sys.stdout.buffer.write(msgspec.json.format(msgspec.json.encode(report, enc_hook=str)) + b"\n")
-    else:
-        click.echo(report)
+    chosen = command.read_choices(options)
+    command.run(lambda stages: run(source, target, adoption, progress=stages, **chosen), as_json=as_json)
 
 
 def _missing(what: str, how: str) -> NoReturn:
@@ -110,7 +103,7 @@ def _with_options(adoption: Adoption, options: dict[str, Any]) -> Adoption:
     if options["step_shape"] is not None:
         said["step_shape"] = _sizes(options["step_shape"], "--step-shape")
     constants = dict(_constant(text) for text in options["constants"])
-    labels = {head: tuple(names) for head, names in map(_labels_of_a_head, options["labels"])}
+    labels = {head: tuple(names) for head, names in map(command.labels_of_a_head, options["labels"])}
     said |= {"constants": adoption.constants | constants, "labels": adoption.labels | labels}
     said["states"] = _states(adoption.states, options)
     plain = ("input", "heads", "lengths", "context", "input_batch_axis", "example", "classes")
