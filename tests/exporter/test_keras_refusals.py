@@ -270,6 +270,11 @@ def changed(source: Path, target: Path, change: Callable[[bytearray], Any]) -> P
     return target
 
 
+def flip_the_middle(data: bytearray) -> None:
+    for place in range(len(data) // 2, len(data) // 2 + 9):
+        data[place] ^= 255
+
+
 def saved(folder: Path, name: str, *layers: Any) -> Path:
     model_of(*layers).save(folder / name)
     return folder / name
@@ -292,10 +297,8 @@ BROKEN: dict[str, tuple[Callable[[Path, Path], Path], str]] = {
         "is cut off or damaged",
     ),
     "damaged": (
-        lambda files, tmp: changed(
-            files / "net.keras", tmp / "a.keras", lambda d: d.__setitem__(slice(len(d) // 2, len(d) // 2 + 9), bytes(9))
-        ),
-        "cannot load it",
+        lambda files, tmp: changed(files / "net.keras", tmp / "a.keras", flip_the_middle),
+        "is damaged (in model.weights.h5); copy it again",
     ),
     "lambda": (
         lambda files, tmp: saved(tmp, "a.keras", L.LSTM(3), L.Lambda(lambda x: x * 2, name="twice")),
@@ -346,6 +349,16 @@ def test_a_zip_file_must_have_both_parts(files: Path, tmp_path: Path, left_out: 
                 new.writestr(name, old.read(name))
 
     assert reason in refusal(tmp_path / "net.keras")
+
+
+def test_what_keras_says_of_a_file_it_cannot_load_is_passed_on(files: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(files / "net.keras") as old, zipfile.ZipFile(tmp_path / "net.keras", "w") as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name).replace(b'"units": 3', b'"units": -3'))
+
+    sentence = refusal(tmp_path / "net.keras")
+
+    assert f"net.keras: Keras {keras.__version__} cannot load it: " in sentence
 
 
 def test_a_loss_of_ones_own_in_a_file_is_not_needed(tmp_path: Path) -> None:

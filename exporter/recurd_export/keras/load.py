@@ -70,10 +70,13 @@ def _load_zip(keras: Any, path: Path) -> Any:
         with zipfile.ZipFile(path) as archive:
             config = json.loads(archive.read("config.json"))
             names = archive.namelist()
+            damaged = archive.testzip()
     except KeyError as error:
         raise ExportError(f"{path}: is a zip file, but no Keras file (it has no config.json)") from error
     except _DAMAGED as error:
         raise ExportError(f"{path}: is cut off or damaged ({say(error)}); copy it again") from error
+    if damaged is not None:
+        raise ExportError(f"{path}: is damaged (in {damaged}); copy it again")
     if "model.weights.h5" not in names:
         raise ExportError(f"{path}: has no weights in it (no model.weights.h5); write it with model.save()")
     _check_classes(keras, path, config)

@@ -4,7 +4,7 @@ import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from recurd_export.errors import ExportError
 from recurd_export.keras.activations import FUNCTIONS
@@ -29,6 +29,8 @@ def build(place: Place, node: Any) -> Built:
         return _get_item(place, arguments[1])
     if name in _ARITHMETIC and len(arguments) == 2:
         return _arithmetic(place, _ARITHMETIC[name], arguments)
+    if name == "Cast" and str(place.layer.dtype).startswith(("float", "bfloat")):
+        return Built(nn.Identity())  # of mixed precision: all is computed in float32
     function = FUNCTIONS.get(name.lower())
     if function is not None and len(arguments) == 1:
         return Built(Apply(function))
