@@ -83,6 +83,16 @@ class Durable:
             self._models[name].write_rows(slots, [row for _, row in rows])
             rows.clear()
 
+    def put_back(self, streams: list[Stream]) -> None:
+        """Give streams, none of them fresh, the state that was saved last, after a run that raised."""
+        waiting: dict[str, list[tuple[int, bytes]]] = {}
+        for stream in streams:
+            state = self._journal.state(stream.handle)
+            assert state is not None  # a stream that is not fresh was saved with its state
+            waiting.setdefault(stream.lane.name, []).append((stream.slot, state))
+        for name, rows in waiting.items():
+            self._write(name, rows)
+
     def commit(self, now: float) -> bool:
         """Save what changed since the last commit; whether there was something and it worked.
 

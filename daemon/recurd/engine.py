@@ -25,7 +25,7 @@ from recurd.config import Config
 from recurd.contract import Contract
 from recurd.errors import Broken, Code, Refused
 from recurd.lane import Lane, Room
-from recurd.lifecycle import Identity, Lifecycle
+from recurd.lifecycle import Identity, Lifecycle, header_of
 from recurd.peers import Outbox, Peer, Peers
 from recurd.saving import SavedAnswer, SavedStream, Saving, Unsaved
 from recurd.scheduler import Tick, assemble
@@ -237,16 +237,45 @@ class Engine:
             self._settle(stream)
         _count_tick(lane.stats, tick, finished, now)
 
-    def fail(self, tick: Tick, error: Exception, now: float) -> None:
-        """A tick's run raised: what became of its rows is not known, so exactly their streams end as ``failed``."""
+    def fail(self, tick: Tick, error: Exception, now: float) -> list[Stream]:
+        """A tick's run raised, and what became of its rows is not known.
+
+        Streams that are durable go back to where their last answered record left them, and their chunks are refused
+        (``run_failed``); those returned must have their rows put back from the journal before the next tick. Others end
+        as ``failed``, exactly those in this tick.
+        """
         lane = self._lanes[tick.model]
         lane.busy = False
         lane.stats.ticks_failed += 1
         self._log.error("tick_failed", model=lane.name, rows=len(tick.rows), exc_info=error)
-        for row in tick.rows:
-            row.stream.running = False
-            if row.stream.slot != NO_SLOT:
-                self._lifecycle.end(row.stream, Code.FAILED, "failed")
+        streams = [row.stream for row in tick.rows]
+        for stream in streams:
+            stream.running = False
+        living = [(row.stream, len(row.parts)) for row in tick.rows if row.stream.slot != NO_SLOT]
+        if not self._unsaved.durable:
+            for stream, _ in living:
+                self._lifecycle.end(stream, Code.FAILED, "failed")
+            return []
+        for stream, parts in living:
+            self._take_back(stream, parts)
+        return [stream for stream, _ in living if not stream.fresh]
+
+    def _take_back(self, stream: Stream, parts: int) -> None:
+        """Refuse a stream's records that are not answered: so many as were run, and what was sent behind them."""
+        # Whether the state that was saved last is that of a fresh start.
+        stream.fresh = stream.untouched = stream.untouched or stream.queue[0].fresh
+        queued, stream.queue = stream.queue, []
+        stream.lane.leave(len(queued), sum(chunk.data.nbytes for chunk in queued))
+        stream.accepted = stream.answered
+        failed = Refused(Code.RUN_FAILED, "the model's run raised (the log says why); the stream is as it was before")
+        behind = Refused(Code.GAP, "a record before this one was refused", expected=stream.accepted + 1)
+        for number, chunk in enumerate(queued):
+            stream.generation -= not chunk.steps
+            if stream.peer is not None:
+                error = failed if number < parts else behind
+                self._outbox.send_error(stream.peer, header_of(stream, chunk), error)
+        if stream.closing is not None:
+            self._lifecycle.finish_close(stream)
 
     def _answer_chunk(self, lane: Lane, stream: Stream, chunk: Chunk, pieces: list[bytes]) -> None:
         payload = lane.join(chunk.outputs, pieces)

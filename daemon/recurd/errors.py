@@ -68,6 +68,7 @@ class Code(IntEnum):
     # the daemon's condition
     BUSY = 50
     DRAINING = 51
+    RUN_FAILED = 52
     # the stream's state is lost
     EXPIRED = 60
     FAILED = 61

@@ -130,6 +130,12 @@ class Journal:
                 retained = [answer for answer in answers.get(handle, []) if stream.acked < answer[0] <= stream.seq]
                 yield handle, stream, retained
 
+    def state(self, handle: int) -> bytes | None:
+        """A stream's state as it was saved last; ``None`` for a fresh start. Raises :class:`JournalError`."""
+        with self._env.begin() as transaction:
+            value = transaction.get(_HANDLE.pack(handle), db=self._streams)
+            return msgspec.msgpack.decode(_unpack(value, f"stream {handle}"), type=SavedStream).state
+
     def _read_streams(self, transaction: Any) -> Iterator[tuple[int, SavedStream]]:
         for key, value in transaction.cursor(db=self._streams):
             (handle,) = _HANDLE.unpack(key)

@@ -318,7 +318,7 @@ class Lifecycle:
         lane.leave(len(queued), sum(chunk.data.nbytes for chunk in queued))
         for chunk in queued:
             if stream.peer is not None:
-                self._outbox.send_error(stream.peer, _record_header(stream, chunk), ended.error())
+                self._outbox.send_error(stream.peer, header_of(stream, chunk), ended.error())
         self._answer_close(stream, ended.error())
         if not stream.running:
             lane.scheduler.remove(stream)
@@ -357,7 +357,7 @@ class Lifecycle:
         return min((time for time in (self._streams.deadline(), expiry) if time is not None), default=None)
 
 
-def _record_header(stream: Stream, chunk: Chunk) -> wire.Header:
+def header_of(stream: Stream, chunk: Chunk) -> wire.Header:
     """The header a queued record came with, as far as an error about it repeats it."""
     kind, generation = wire.Type.CHUNK, chunk.generation
     if not chunk.steps:

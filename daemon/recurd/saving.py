@@ -91,18 +91,19 @@ class Unsaved:
     """Streams that are to be saved. Owned by the engine; does nothing where nothing is durable."""
 
     def __init__(self, durable: bool) -> None:
-        self._durable = durable
+        #: Whether anything is.
+        self.durable = durable
         self._streams: dict[int, Stream] = {}
         self._ended: list[Stream] = []
 
     def note(self, stream: Stream) -> None:
         """A stream began, or a record of it was answered."""
-        if self._durable:
+        if self.durable:
             self._streams[stream.handle] = stream
 
     def end(self, stream: Stream) -> None:
         """A stream ended."""
-        if self._durable:
+        if self.durable:
             self._streams.pop(stream.handle, None)
             self._ended.append(stream)
 

@@ -164,8 +164,10 @@ class Server:
         model = self._models[tick.model]
         try:
             outputs = model.run(tick.slots, tick.fresh, tick.lengths, tick.input)
-        except Exception as error:  # whatever the runtime raises, exactly this tick's streams are lost, and told so
-            self._engine.fail(tick, error, time.monotonic())
+        except Exception as error:  # whatever the runtime raises, nobody but this tick's streams is told so
+            taken_back = self._engine.fail(tick, error, time.monotonic())
+            if self._durable is not None:
+                self._durable.put_back(taken_back)
         else:
             self._engine.complete(tick, outputs, time.monotonic())
 

@@ -253,6 +253,7 @@ ACTIONS = st.lists(
         st.tuples(st.just("chunk"), st.integers(0, 2), st.integers(1, 15)),
         st.tuples(st.just("reset"), st.integers(0, 2)),
         st.tuples(st.just("tick")),
+        st.tuples(st.just("fail")),
         st.tuples(st.just("take")),
         st.tuples(st.just("crash")),
     ),
@@ -298,6 +299,18 @@ class World:
             assert reply.type in (Type.RESULT, Type.DONE), reply
             client = next(c for c in self.clients if c.handle == reply.header.handle)
             assert client.results.setdefault(reply.header.seq, reply.payload) == reply.payload
+
+    def fail(self, number: int) -> None:
+        """A run raises; its clients send again what was refused."""
+        self.take(number)
+        if self.daemon.engine.deadline() != 0:
+            return
+        fail_next(self.daemon)
+        refused = [reply for reply in self.caller.take() if reply.code]
+        assert {reply.code for reply in refused} <= {"run_failed", "gap"}
+        for client in self.clients:
+            if any(reply.header.handle == client.handle for reply in refused):
+                client.send_again(self.caller)
 
     def crash(self, number: int) -> None:
         self.daemon.durable.close()
@@ -435,6 +448,66 @@ def test_a_corrupted_journal_gives_an_error_or_what_was_written(
 def _contents(folder: Path) -> list[Any]:
     with contextlib.closing(Journal(folder / "journal", "process")) as journal:
         return list(journal.load())
+
+
+# --- a run that raises ---
+
+
+def test_after_a_run_that_raised_streams_are_where_their_last_answer_left_them(daemon: Daemon) -> None:
+    caller = daemon.connect()
+    old, new = caller.handle("old"), caller.handle("new")
+    (before,) = caller.run(chunk(old, 1, draw(1, 4)))
+    caller.send(chunk(old, 2, draw(2, 3), ack=1), chunk(old, 3, draw(3, 2), ack=1), reset(old, 4, ack=1))
+    caller.send(chunk(new, 1, draw(4, 20)))
+    slots = fail_next(daemon)
+    told = caller.take()
+    answers = caller.run(chunk(old, 2, draw(2, 3), ack=1), chunk(old, 3, draw(3, 2), ack=1), chunk(new, 1, draw(4, 20)))
+
+    assert slots == 2
+    assert [(r.header.handle, r.header.seq, r.code) for r in told] == [
+        (old, 2, "run_failed"), (old, 3, "run_failed"), (old, 4, "gap"), (new, 1, "run_failed")
+    ]  # fmt: skip
+    by_stream = {handle: [a.output for a in answers if a.header.handle == handle] for handle in (old, new)}
+    whole = expected(draw(1, 4), draw(2, 3), draw(3, 2))
+    np.testing.assert_allclose(np.concatenate([before.output, *by_stream[old]]), whole, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(np.concatenate(by_stream[new]), expected(draw(4, 20)), rtol=1e-4, atol=1e-5)
+    assert daemon.stats.streams_ended["failed"] == 0
+
+
+def fail_next(daemon: Daemon) -> int:
+    """Take the next tick, spoil the rows of its slots as a half-done run would, and report it as failed; its rows."""
+    tick = daemon.engine.take_tick(daemon.now)
+    assert tick is not None
+    spoiled = {name: np.full_like(rows, 7) for name, rows in daemon.models["pump"].read(tick.slots).items()}
+    daemon.models["pump"].write(tick.slots, spoiled)
+    daemon.durable.put_back(daemon.engine.fail(tick, RuntimeError("the device is gone"), daemon.now))
+    return len(tick.rows)
+
+
+def test_a_run_that_raises_in_the_middle_of_a_chunk_takes_back_the_whole_chunk(daemon: Daemon) -> None:
+    caller = daemon.connect()
+    handle = caller.handle("s")
+    (before,) = caller.run(chunk(handle, 1, draw(1, 4)))
+    caller.send(reset(handle, 2, ack=1), chunk(handle, 3, draw(2, 20), generation=2, ack=1))
+    daemon.tick()
+    daemon.sort()
+    fail_next(daemon)
+    *_, told = caller.take()
+    (answer,) = caller.run(chunk(handle, 3, draw(2, 20), generation=2, ack=2))
+
+    assert (told.header.seq, told.code) == (3, "run_failed")
+    np.testing.assert_allclose(answer.output, expected(draw(2, 20)), rtol=1e-4, atol=1e-5)
+    assert before.output.shape == (4, 2)
+
+
+def test_a_stream_whose_run_raised_closes_when_that_was_asked_for(daemon: Daemon) -> None:
+    caller = daemon.connect()
+    handle = caller.handle("s")
+    caller.send(chunk(handle, 1, draw(1, 4)), closing(handle, seq=9))
+    fail_next(daemon)
+
+    assert [reply.code or reply.type for reply in caller.take()] == ["run_failed", Type.CLOSED]
+    assert len(daemon.engine._streams) == 0
 
 
 # --- a disk that is full ---
