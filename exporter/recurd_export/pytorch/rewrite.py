@@ -1,10 +1,11 @@
 """Rewrites a traced program where its tracing says less than the contract needs.
 
 A choice of the last step (``out[:, -1]``) becomes a choice of each row's own last valid step. A ``squeeze()`` that
-would also take a batch or a time of one away takes only axes that are always one.
+would also take a batch or a time of one away takes only axes that are always one. What is stacked only for one of its
+parts to be selected is not stacked.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -15,11 +16,41 @@ from recurd_export.pytorch.traced import Graph
 def settle(program: torch.export.ExportedProgram) -> None:
     """All rewrites, in place."""
     graph = Graph(program)
+    if not any(_writes(node) for node in graph.module.graph.nodes):
+        for node in list(graph.module.graph.nodes):
+            _take_from_stack(graph, node)
     for node in list(graph.module.graph.nodes):
         _settle_squeeze(graph, node)
         _pick_last_step(graph, node)
     graph.module.graph.eliminate_dead_code()
     graph.module.recompile()
+
+
+def _writes(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and bool(schema.is_mutable)
+
+
+def _take_from_stack(graph: Graph, node: fx.Node) -> None:
+    """What is stacked and selected again is taken as it is; then the rest of the stack may be of no use."""
+    aten = torch.ops.aten
+    if node.target is not aten.select.int:
+        return
+    source, selected, index = cast(tuple[fx.Node, int, Any], node.args)
+    while source.target is aten.slice.Tensor and _sizes(source) == _sizes(cast(fx.Node, source.args[0])):
+        source = cast(fx.Node, source.args[0])  # all of it, as ``x[:, 0]`` begins with
+    if source.target is not aten.stack.default or not isinstance(index, int):
+        return
+    parts, axis = cast(tuple[list[fx.Node], int], (*source.args, 0)[:2])
+    rank = source.meta["val"].dim()
+    if selected % rank == axis % rank:
+        node.replace_all_uses_with(parts[index])
+        graph.module.graph.erase_node(node)
+
+
+def _sizes(node: fx.Node) -> list[str]:
+    """The sizes of a value as formulas; as numbers they would be compared for the traced sizes only."""
+    return [str(size) for size in node.meta["val"].shape]
 
 
 def _settle_squeeze(graph: Graph, node: fx.Node) -> None:

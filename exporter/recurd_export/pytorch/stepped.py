@@ -6,6 +6,7 @@ the first step is what its second call is given. What only the second step gives
 traced graph.
 """
 
+import contextlib
 from collections.abc import Sequence
 from types import MethodType
 from typing import Any
@@ -56,7 +57,8 @@ class Stepped(Hoisted):
         by_name = self.by_name(input.shape[0], states)
         self._carried = Carried(torch.zeros(0), by_name, (input.shape[0], steps))
         x = torch.stack([input] * steps, 1)
-        with Replaced({number: by_name[name] for number, name in self._starts[steps].items()}):
+        starts = {number: by_name[name] for number, name in self._starts[steps].items()}
+        with Replaced(starts) if starts else contextlib.nullcontext():
             heads = self.heads(x)
         return [
             tensor.select(1, 0) if head.per == "step" else tensor
