@@ -28,7 +28,7 @@ from recurd.lane import Lane, Room
 from recurd.lifecycle import Identity, Lifecycle, header_of
 from recurd.peers import Outbox, Peer, Peers
 from recurd.saving import SavedAnswer, SavedStream, Saving, Unsaved
-from recurd.scheduler import Tick, assemble
+from recurd.scheduler import Row, Tick, assemble
 from recurd.stats import ModelStats, Stats
 from recurd.streams import NO_SLOT, Chunk, Stream, Streams
 
@@ -212,17 +212,21 @@ class Engine:
         lane.stats.queue_seconds.observe_many(now - np.array(arrived))
         return assemble(lane.name, lane.contract, rows, now)
 
-    def complete(self, tick: Tick, outputs: list[npt.NDArray[Any]], now: float) -> None:
-        """Take a tick's outputs (heads in the contract's order): answer what is done, put what is not back in line."""
+    def complete(self, tick: Tick, outputs: list[npt.NDArray[Any]], now: float) -> list[Stream]:
+        """Take a tick's outputs (heads in the contract's order): answer what is done, put what is not back in line.
+
+        A stream that gets NaN or infinity is given up, it alone; those returned are as of :meth:`fail`.
+        """
         lane = self._lanes[tick.model]
         lane.busy = False
         heads = [output.tobytes() for output in outputs]
         time = tick.input.shape[1]
         finished: list[float] = []
+        spoiled = lane.spoiled(tick.lengths, outputs)
         for index, row in enumerate(tick.rows):
             stream = row.stream
             stream.running = False
-            if stream.slot == NO_SLOT:
+            if stream.slot == NO_SLOT or index in spoiled:
                 continue
             stream.untouched = False
             start = 0
@@ -236,6 +240,7 @@ class Engine:
                     finished.append(chunk.arrived)
             self._settle(stream)
         _count_tick(lane.stats, tick, finished, now)
+        return self._give_up([tick.rows[index] for index in spoiled], Code.POISONED) if spoiled else []
 
     def fail(self, tick: Tick, error: Exception, now: float) -> list[Stream]:
         """A tick's run raised, and what became of its rows is not known.
@@ -248,26 +253,29 @@ class Engine:
         lane.busy = False
         lane.stats.ticks_failed += 1
         self._log.error("tick_failed", model=lane.name, rows=len(tick.rows), exc_info=error)
-        streams = [row.stream for row in tick.rows]
-        for stream in streams:
-            stream.running = False
-        living = [(row.stream, len(row.parts)) for row in tick.rows if row.stream.slot != NO_SLOT]
-        if not self._unsaved.durable:
-            for stream, _ in living:
-                self._lifecycle.end(stream, Code.FAILED, "failed")
-            return []
-        for stream, parts in living:
-            self._take_back(stream, parts)
-        return [stream for stream, _ in living if not stream.fresh]
+        for row in tick.rows:
+            row.stream.running = False
+        return self._give_up(tick.rows, Code.FAILED)
 
-    def _take_back(self, stream: Stream, parts: int) -> None:
+    def _give_up(self, rows: list[Row], code: Code) -> list[Stream]:
+        """See :meth:`fail`."""
+        living = [row for row in rows if row.stream.slot != NO_SLOT]
+        for row in living:
+            if self._unsaved.durable:
+                self._take_back(row.stream, len(row.parts), code)
+            else:
+                self._lifecycle.end(row.stream, code, code.word)
+        return [row.stream for row in living if self._unsaved.durable and not row.stream.fresh]
+
+    def _take_back(self, stream: Stream, parts: int, code: Code) -> None:
         """Refuse a stream's records that are not answered: so many as were run, and what was sent behind them."""
         # Whether the state that was saved last is that of a fresh start.
         stream.fresh = stream.untouched = stream.untouched or stream.queue[0].fresh
         queued, stream.queue = stream.queue, []
         stream.lane.leave(len(queued), sum(chunk.data.nbytes for chunk in queued))
         stream.accepted = stream.answered
-        failed = Refused(Code.RUN_FAILED, "the model's run raised (the log says why); the stream is as it was before")
+        why = "raised (the log says why)" if code is Code.FAILED else "gave NaN or infinity"
+        failed = Refused(Code.RUN_FAILED, f"the model's run {why}; the stream is as it was before")
         behind = Refused(Code.GAP, "a record before this one was refused", expected=stream.accepted + 1)
         for number, chunk in enumerate(queued):
             stream.generation -= not chunk.steps

@@ -73,6 +73,7 @@ class Code(IntEnum):
     EXPIRED = 60
     FAILED = 61
     REPLACED = 62
+    POISONED = 63
     # a bug
     INTERNAL = 70
 
@@ -83,7 +84,7 @@ class Code(IntEnum):
 
 
 #: Codes after which a stream's state is gone; every other code leaves the stream as it was.
-BREAKING = frozenset({Code.EXPIRED, Code.FAILED, Code.REPLACED})
+BREAKING = frozenset({Code.EXPIRED, Code.FAILED, Code.REPLACED, Code.POISONED})
 #: Codes that say "the same request may succeed later"; their replies carry ``retry_after_seconds``.
 PASSING = frozenset({Code.BUSY, Code.CREDIT})
 

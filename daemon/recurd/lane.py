@@ -72,6 +72,7 @@ class Lane:
         # output
         self.result_dtype = int(wire.DTYPES[contract.heads[0].dtype])
         self.result_width = sum(head.width for head in contract.heads)
+        self._is_finite = _gives_finite(contract)
         self._heads = [(head.per == "step", head.width * np.dtype(head.dtype).itemsize) for head in contract.heads]
 
     def enter(self, chunk: Chunk, is_first: bool) -> None:
@@ -130,6 +131,17 @@ class Lane:
             return Refused(Code.EMPTY, "a chunk has at least one step")
         return Refused(Code.TOO_LONG, f"a chunk has at most {self._max_steps} steps, this one {header.steps}")
 
+    def spoiled(self, lengths: npt.NDArray[Any], outputs: list[npt.NDArray[Any]]) -> list[int]:
+        """Rows of a tick whose results hold NaN or infinity; what stands beyond a row's length is not looked at."""
+        if not self._is_finite or all(wire.all_finite(output) for output in outputs):
+            return []
+        found = set()
+        for output, (per_step, _) in zip(outputs, self._heads, strict=True):
+            for row, length in enumerate(lengths):
+                if not wire.all_finite(np.ascontiguousarray(output[row, :length] if per_step else output[row])):
+                    found.add(row)
+        return sorted(found)
+
     def cut(self, outputs: list[bytes], time: int, row: int, start: int, count: int) -> list[bytes]:
         """``count`` steps of a row from ``start`` on, per head; of a head of the last step its one output.
 
@@ -153,3 +165,11 @@ class Lane:
             for index, (per_step, _) in enumerate(self._heads)
         ]
         return b"".join([piece for head in heads for piece in head])
+
+
+def _gives_finite(contract: Contract) -> bool:
+    """Whether NaN and infinity in a result mean that something is wrong: not where its author got some too."""
+    if contract.heads[0].dtype not in ("float32", "float64", "float16"):
+        return False
+    proof = contract.proof
+    return proof is None or all(np.isfinite(output.array()).all() for output in proof.golden.outputs.values())

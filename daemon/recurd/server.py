@@ -165,11 +165,11 @@ class Server:
         try:
             outputs = model.run(tick.slots, tick.fresh, tick.lengths, tick.input)
         except Exception as error:  # whatever the runtime raises, nobody but this tick's streams is told so
-            taken_back = self._engine.fail(tick, error, time.monotonic())
-            if self._durable is not None:
-                self._durable.put_back(taken_back)
+            given_up = self._engine.fail(tick, error, time.monotonic())
         else:
-            self._engine.complete(tick, outputs, time.monotonic())
+            given_up = self._engine.complete(tick, outputs, time.monotonic())
+        if self._durable is not None and given_up:
+            self._durable.put_back(given_up)
 
     def _commit(self) -> None:
         """Where streams are durable, what changed is saved before anything is sent."""

@@ -195,6 +195,7 @@ _ENDINGS = {
     Code.REPLACED: "was opened anew; its former state is gone",
     Code.EXPIRED: "was idle for longer than its time-out; its state is gone",
     Code.FAILED: "was in a run of the model that failed; its state is gone",
+    Code.POISONED: "got a result with NaN or infinity from the model; its state is gone",
 }
 
 

@@ -500,6 +500,26 @@ def test_a_run_that_raises_in_the_middle_of_a_chunk_takes_back_the_whole_chunk(d
     assert before.output.shape == (4, 2)
 
 
+def test_a_result_that_is_not_finite_is_taken_back_and_touches_nobody_else(daemon: Daemon) -> None:
+    caller = daemon.connect()
+    good, bad = caller.handle("good"), caller.handle("bad")
+    (before,) = caller.run(chunk(bad, 1, draw(1, 4)))
+    caller.send(chunk(bad, 2, draw(2, 3), ack=1), chunk(good, 1, draw(3, 3)))
+    tick = daemon.engine.take_tick(daemon.now)
+    assert tick is not None
+    outputs = daemon.models["pump"].run(tick.slots, tick.fresh, tick.lengths, tick.input)
+    outputs[0][0, 2, 0] = np.nan
+    daemon.durable.put_back(daemon.engine.complete(tick, outputs, daemon.now))
+    told = {reply.header.handle: reply for reply in caller.take()}
+    (again,) = caller.run(chunk(bad, 2, draw(2, 3), ack=1))
+
+    assert told[bad].code == "run_failed"
+    assert "gave NaN or infinity" in told[bad].body["text"]
+    np.testing.assert_allclose(told[good].output, expected(draw(3, 3)), rtol=1e-4, atol=1e-5)
+    whole = expected(draw(1, 4), draw(2, 3))
+    np.testing.assert_allclose(np.concatenate([before.output, again.output]), whole, rtol=1e-4, atol=1e-5)
+
+
 def test_a_stream_whose_run_raised_closes_when_that_was_asked_for(daemon: Daemon) -> None:
     caller = daemon.connect()
     handle = caller.handle("s")

@@ -5,12 +5,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
 from dialogue import Caller, Desk, Reply, chunk, closing, opening, ping, reset
 from recurd import wire
 from recurd.config import Config, Limits, Tick
+from recurd.contract import Tensor
 from recurd.model import Model
 from recurd.wire import Flag, Type
 from recurrent import Array, Network, States
@@ -456,6 +458,48 @@ def test_a_close_that_waits_for_a_tick_that_fails_is_answered_too(open_desk: Ope
     lost, close = caller.take()
     assert (lost.code, lost.header.seq) == ("failed", 1)
     assert (close.code, close.header.seq, close.body["in_reply_to"]) == ("failed", 9, Type.CLOSE)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_result_that_is_not_finite_ends_that_stream_alone(open_desk: OpenDesk, value: float) -> None:
+    desk = open_desk()
+    caller = desk.connect()
+    handles = [caller.handle(f"s{n}") for n in range(3)]
+    caller.send(*[chunk(handle, 1, draw(PUMP, steps)) for handle, steps in zip(handles, (3, 2, 3), strict=True)])
+    tick = desk.engine.take_tick(desk.now)
+    assert tick is not None
+    outputs = desk.models["pump"].run(tick.slots, tick.fresh, tick.lengths, tick.input)
+    rows = {row.stream.name: index for index, row in enumerate(tick.rows)}
+    outputs[0][rows["s0"], 1, 1] = value
+    outputs[0][rows["s1"], 2, 0] = value  # beyond its length: means nothing
+
+    desk.engine.complete(tick, outputs, desk.now)
+
+    answers = {reply.header.handle: reply for reply in caller.take()}
+    assert [answers[handle].code for handle in handles] == ["poisoned", "", ""]
+    assert caller.ask(chunk(handles[0], 2, draw(PUMP, 1))).code == "poisoned"
+    assert desk.stats.streams_ended["poisoned"] == 1
+
+
+def test_a_model_that_gave_its_author_infinity_may_give_it_to_clients(tmp_path: Path) -> None:
+    path = PUMP.save(tmp_path / "pump.onnx", proof=True)
+    model = Model.load(path, slots=4, threads=1)
+    proof = model.contract.proof
+    assert proof is not None
+    output = proof.golden.outputs["output"].array().copy()
+    output[0, 0, 0] = -np.inf
+    golden = msgspec.structs.replace(proof.golden, outputs={"output": Tensor.of(output)})
+    model.contract = msgspec.structs.replace(model.contract, proof=msgspec.structs.replace(proof, golden=golden))
+    desk = Desk({"pump": model})
+    caller = desk.connect()
+    caller.send(chunk(caller.handle("s"), 1, draw(PUMP, 3)))
+    tick = desk.engine.take_tick(desk.now)
+    assert tick is not None
+
+    desk.engine.complete(tick, [np.full((1, 3, 2), -np.inf, np.float32)], desk.now)
+
+    (reply,) = caller.take()
+    assert np.isneginf(reply.output).all()
 
 
 def test_the_state_of_a_slot_is_never_the_next_streams(open_desk: OpenDesk) -> None:

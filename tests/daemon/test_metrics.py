@@ -73,7 +73,13 @@ def test_every_label_is_there_from_the_start_at_zero(registry: CollectorRegistry
 
     assert {key[0] for key in found["recurd_refused_total"]} >= {"gap", "busy", "not_finite", "internal", "draining"}
     assert {key[0] for key in found["recurd_broken_total"]} == {code.word for code in BREAKING}
-    assert {key[0] for key in found["recurd_streams_ended_total"]} == {"closed", "expired", "failed", "replaced"}
+    assert {key[0] for key in found["recurd_streams_ended_total"]} == {
+        "closed",
+        "expired",
+        "failed",
+        "poisoned",
+        "replaced",
+    }
     assert {key[0] for key in found["recurd_send_failures_total"]} == {"again", "unreachable"}
     assert {key[0] for key in found["recurd_chunks_processed_total"]} == {"pump", "valve"}
     totals = [value for name in found for value in found[name].values() if name.endswith("_total")]
