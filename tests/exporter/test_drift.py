@@ -197,10 +197,40 @@ def test_rounding_that_grows_in_the_source_itself_is_told() -> None:
     assert note.endswith("float32 rounding grows in the source model itself")
 
 
-def test_where_nothing_tells_rounding_from_a_mistake_both_are_said() -> None:
+class Echoes(Steps):
+    """Gives its input back, beside a state that nobody sees; from step 500 on with something added."""
+
+    def __init__(self, step: Any, start: float = 0.5, late: float = 0.0) -> None:
+        super().__init__(step, start)
+        self._late = late
+
+    def run(self, slots: Array, fresh: Array, lengths: Array, input: Array) -> list[Array]:
+        done = 0 if fresh[0] else self._states[int(slots[0])][1]
+        super().run(slots, fresh, lengths, input)
+        return [input + np.where(np.arange(done, done + input.shape[1]) >= 500, self._late, 0.0)[:, None]]
+
+
+def test_rounding_in_one_tensor_does_not_excuse_another() -> None:
+    source, exact = Echoes(_chaos_in_float32), Echoes(_chaos)
+    found = _measure(Echoes(_chaos_in_float32, 0.5 + 2**-10, late=0.2), source)
+
+    assert found.worst.tensor == "h"
+    with pytest.raises(ExportError, match=r"over 2,000 steps 'y' comes to be off by 2\.0e-01 .* explains 0\.0e\+00"):
+        drift.judge(found, source, exact, INPUTS, reduced=False)
+
+
+class Fails(Steps):
+    """A source whose code does not run in float64."""
+
+    def run(self, slots: Array, fresh: Array, lengths: Array, input: Array) -> list[Array]:
+        raise ExportError("float and double")
+
+
+@pytest.mark.parametrize("exact", [None, Fails(_mean)])
+def test_where_nothing_tells_rounding_from_a_mistake_both_are_said(exact: Steps | None) -> None:
     found = _measure(Steps(_forgets), Steps(_mean))
 
-    (note,) = drift.judge(found, Steps(_mean), None, INPUTS, reduced=False)
+    (note,) = drift.judge(found, Steps(_mean), exact, INPUTS, reduced=False)
 
     assert "rounding may grow in this model, or the file does something else on long streams" in note
 
