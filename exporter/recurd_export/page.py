@@ -29,6 +29,8 @@ MEANINGS = {
     "chunks in ragged batches": "the same cuts, in every run a random choice of the streams",
     "batch of equal lengths": "streams of one length in one batch",
     "state passed along": "the source itself, its caller handing the state back",
+    "Keras stateful": "Keras' own stateful=True model, fed chunk after chunk and reset between streams",
+    "model as given": "the very Keras model, at its own fixed sizes",
     "against itself": "the file's own whole runs against all of the above",
     "golden run": "the finished file, read as the daemon reads it",
 }

@@ -304,9 +304,10 @@ def test_what_goes_in_may_come_out_as_it_is() -> None:
     hold(model_of(nodes, contract, weights), contract, step, atol=0)
 
 
-def test_token_ids_and_numbers_without_features_go_through() -> None:
+@pytest.mark.parametrize("per", ["step", "last"])
+def test_token_ids_and_numbers_without_features_go_through(per: Any) -> None:
     contract = described(
-        [Head(name="output", dtype="int64", shape=())], [state("h", dtype="int64")], shape=(), dtype="int64"
+        [Head(name="output", dtype="int64", shape=(), per=per)], [state("h", dtype="int64")], shape=(), dtype="int64"
     )
     nodes = [node("Add", "input h", "h.next"), node("Gather", "table input", "output")]
     table = np.array([3, 1, 4, 1, 5])
