@@ -154,7 +154,7 @@ def drive(runner: Runner, streams: Sequence[Array], plan: Plan) -> dict[str, lis
         head.name: [np.concatenate(p) if head.per == "step" else p[-1] for p in parts[head.name]] for head in heads
     }
     states = runner.read(np.arange(len(streams), dtype=np.int64))
-    return results | {name: list(rows) for name, rows in states.items()}
+    return results | {state.name: list(states[state.name]) for state in runner.contract.states}
 
 
 def _rows(streams: Sequence[Array], tick: list[Piece], padding: Array) -> tuple[Array, Array, Array, Array]:

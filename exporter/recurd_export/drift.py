@@ -156,7 +156,8 @@ def _follow(runner: Runner, stream: Array, cuts: Sequence[int]) -> _Trace:
             part.append(results[name][0, : stop - start])
         if stop in MARKS or stop == cuts[-1]:
             last = {name: value[0] for name, value in results.items() if name not in parts}
-            marks[stop] = last | {name: value[0] for name, value in runner.read(slots).items()}
+            states = runner.read(slots)
+            marks[stop] = last | {state.name: states[state.name][0] for state in runner.contract.states}
         start = stop
     return _Trace({name: np.concatenate(part) for name, part in parts.items()}, marks)
 
