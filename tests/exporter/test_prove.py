@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from recurd.model import Model
 from recurd.verify import EQUAL, drive, together
@@ -21,6 +21,64 @@ from recurd_export.session import Session
 def candidate() -> Candidate:
     torch.manual_seed(4)
     return front(nn.GRU(3, 4, batch_first=True), torch.zeros(2, 5, 3))(Facts(name="net"), lambda stage: None)
+
+
+class Starts(nn.Module):
+    """Makes its initial state itself, as most examples do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = nn.GRU(3, 4, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.rnn(x, torch.zeros(1, x.shape[0], 4))[0]
+
+
+class Keeps(Starts):
+    """Keeps its state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.h = torch.zeros(1, 2, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.h.shape[1] != x.shape[0]:
+            self.h = torch.zeros(1, x.shape[0], 4)
+        y, self.h = self.rnn(x, self.h)
+        return y
+
+
+class Takes(nn.Module):
+    """Takes ids and its state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(7, 3)
+        self.rnn = nn.GRU(3, 4, batch_first=True)
+
+    def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        return self.rnn(self.table(x), h)
+
+
+IDS = torch.zeros(2, 5, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("model", "example"),
+    [(Starts(), torch.zeros(2, 5, 3)), (Keeps(), torch.zeros(2, 5, 3)), (Takes(), (IDS, torch.zeros(1, 2, 4)))],
+)
+def test_a_source_runs_in_float64_wherever_its_states_come_from(model: nn.Module, example: Any) -> None:
+    made = front(model, example)(Facts(name="net"), lambda stage: None)
+    streams = made.inputs.draw(EQUAL, np.random.default_rng(0))
+    assert made.exact is not None
+
+    wanted, found = (drive(runner, streams, together(EQUAL)) for runner in (made.reference, made.exact))
+
+    for name, rows in wanted.items():
+        assert found[name][0].dtype == np.float64
+        np.testing.assert_allclose(np.stack(found[name]), np.stack(rows), rtol=0, atol=1e-6)
+        assert not np.array_equal(np.stack(found[name]), np.stack(rows))
+    assert torch.get_default_dtype() == torch.float32
 
 
 def _larger(found: Any) -> Any:

@@ -7,7 +7,7 @@ hooks, so that it can be driven in chunks like the exported file.
 import copy
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from recurd.contract import Contract
 from recurd_export.errors import ExportError
 from recurd_export.pytorch import convolutions, tree
+from recurd_export.pytorch.apart import apart
+from recurd_export.pytorch.arguments import Arguments
 from recurd_export.pytorch.fresh import fresh_run
 from recurd_export.pytorch.layout import Layout
 from recurd_export.pytorch.state import join_rows, take_row
@@ -41,7 +43,7 @@ class Reference:
     def __init__(self, model: nn.Module, layout: Layout, contract: Contract, *, double: bool = False) -> None:
         """``double``: compute in float64, to see what of a difference is float32's own rounding."""
         self.contract = contract
-        self._layout = layout
+        self._layout = replace(layout, arguments=_in_float64(layout.arguments)) if double else layout
         self._recurrences = {(r.path, r.ordinal): r for r in layout.recurrences}
         self._model = copy.deepcopy(copy_of(model)).double() if double else model
         self._dtype = torch.float64 if double else torch.float32
@@ -80,7 +82,8 @@ class Reference:
         parts: list[list[Array]] = [[] for _ in self.contract.heads]
         for start, stop in itertools.pairwise(cuts):
             piece, *_ = self._layout.arguments.with_input(x[:, start:stop])
-            run = watch(copy_of(self._model), (piece, *rest), convolve=convolutions.carrying(over_time, carried))
+            with apart(self._dtype == torch.float64):
+                run = watch(copy_of(self._model), (piece, *rest), convolve=convolutions.carrying(over_time, carried))
             carried = convolutions.left(over_time, run, carried)
             found = [leaf for _, leaf in tree.leaves(run.output)]
             left = iter([found[position] for position in self._layout.returned_states])
@@ -110,9 +113,11 @@ class Reference:
         tensor = tensor.to(self._dtype) if tensor.is_floating_point() else tensor
         try:
             convolve = convolutions.carrying(self._layout.convolutions, states)
-            run = fresh_run(
-                self._model, self._layout.arguments, tensor, inject, convolve, plain=self._layout.plain, passages=False
-            )
+            with apart(self._dtype == torch.float64):
+                run = fresh_run(
+                    self._model, self._layout.arguments, tensor, inject, convolve,
+                    plain=self._layout.plain, passages=False,
+                )  # fmt: skip
         except ForwardError as error:
             raise ExportError(
                 f"the model's forward fails with a batch of {batch} and {steps} steps: {error}"
@@ -135,6 +140,16 @@ class Reference:
         # A squeeze() without an axis may have taken a batch or a time of one away.
         array: Array = tensor.reshape(shape).numpy()
         return array
+
+
+def _in_float64(arguments: Arguments) -> Arguments:
+    """The same, its states being float64, wherever they are."""
+
+    def wide(state: Tensor) -> Tensor:
+        return state.double() if state.is_floating_point() else state
+
+    kept = tuple(replace(each, value=tree.map_leaves(each.value, wide)) for each in arguments.kept)
+    return replace(arguments, rest=tree.map_leaves(arguments.rest, wide), kept=kept)
 
 
 def returns_state_arguments(layout: Layout) -> bool:

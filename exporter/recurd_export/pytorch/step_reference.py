@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from recurd.contract import Contract
 from recurd_export.errors import ExportError
 from recurd_export.pytorch import tree
+from recurd_export.pytorch.apart import apart
 from recurd_export.pytorch.state import join_rows, take_row
 from recurd_export.pytorch.step_layout import StepLayout
 from recurd_export.pytorch.watch import copy_of, first_line
@@ -36,7 +37,8 @@ class StepReference:
         for length in np.unique(lengths):
             rows = np.flatnonzero(lengths == length)
             given = [self._start(int(slots[row]), bool(fresh[row])) for row in rows]
-            heads, left = self._run(input[rows, :length], join_rows(given, self._layout.states))
+            with torch.no_grad(), apart(self._dtype == torch.float64):
+                heads, left = self._run(input[rows, :length], join_rows(given, self._layout.states))
             for place, row in enumerate(rows):
                 self._states[int(slots[row])] = take_row(left, self._layout.states, place)
             for number, head in enumerate(heads):
@@ -67,8 +69,7 @@ class StepReference:
         for step in torch.from_numpy(np.ascontiguousarray(x)).unbind(1):
             args = self._layout.given(self._cast(step), [states[name] for name in names])
             try:
-                with torch.no_grad():
-                    output = self._model(*args)
+                output = self._model(*args)
             except Exception as error:  # a module may raise anything
                 raise ExportError(f"the module's forward of one step fails: {first_line(error)}") from error
             found = [tensor for _, tensor in tree.leaves(output)]
