@@ -35,21 +35,27 @@ class Net(nn.Module):
 
 
 class Choice(NamedTuple):
-    """A choice of precisions, what the states are then, and how much a result may be off: from torch, by its cuts."""
+    """A choice of precisions, what the states are then, and how much a result may be off: from torch, by its cuts.
+
+    ``refused``: from where on, relative to the largest value, what cuts do is refused.
+    """
 
     options: dict[str, str]
     states: str
     error: float
     by_cuts: float
+    refused: float
 
 
 CHOICES = {
-    "float16": Choice({"precision": "float16"}, "float16", 4e-3, 4e-3),
-    "float16, float32 states": Choice({"precision": "float16", "state_precision": "float32"}, "float32", 4e-3, 6e-4),
-    "float16 states": Choice({"state_precision": "float16"}, "float16", 4e-3, 4e-3),
-    "bfloat16 weights": Choice({"precision": "bfloat16-weights"}, "float32", 2e-2, 2e-6),
+    "float16": Choice({"precision": "float16"}, "float16", 4e-3, 4e-3, 8e-3),
+    "float16, float32 states": Choice(
+        {"precision": "float16", "state_precision": "float32"}, "float32", 4e-3, 6e-4, 2e-3
+    ),
+    "float16 states": Choice({"state_precision": "float16"}, "float16", 4e-3, 4e-3, 8e-3),
+    "bfloat16 weights": Choice({"precision": "bfloat16-weights"}, "float32", 2e-2, 2e-6, 1e-4),
     "bfloat16 weights, float16 states": Choice(
-        {"precision": "bfloat16-weights", "state_precision": "float16"}, "float16", 2e-2, 4e-3
+        {"precision": "bfloat16-weights", "state_precision": "float16"}, "float16", 2e-2, 4e-3, 8e-3
     ),
 }
 
@@ -135,7 +141,8 @@ def test_a_row_does_not_depend_on_the_others_in_its_batch(exported: Exported) ->
 
 def test_the_file_verifies_itself(exported: Exported) -> None:
     assert all(check.ok for check in verify(exported.report.path))
-    assert "against itself" in {check.name for check in exported.report.checks}
+    (itself,) = (check for check in exported.report.checks if check.name == "against itself")
+    assert itself.bound < 2 * exported.choice.refused
 
 
 def test_the_report_tells_of_precision_and_drift(exported: Exported) -> None:

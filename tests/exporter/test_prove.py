@@ -1,14 +1,20 @@
 """The proof itself: whatever runs the file wrongly is found, whichever of the two it is, and nothing is left out."""
 
+import dataclasses
+from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+import recurd_export
+from recurd.contract import Tensor
 from recurd.model import Model
 from recurd.verify import EQUAL, drive, together
+from recurd_export import pipeline
 from recurd_export.candidate import Candidate
 from recurd_export.errors import ExportError
 from recurd_export.facts import Facts
@@ -30,7 +36,7 @@ class Starts(nn.Module):
         super().__init__()
         self.rnn = nn.GRU(3, 4, batch_first=True)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.rnn(x, torch.zeros(1, x.shape[0], 4))[0]
 
 
@@ -41,7 +47,7 @@ class Keeps(Starts):
         super().__init__()
         self.h = torch.zeros(1, 2, 4)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.h.shape[1] != x.shape[0]:
             self.h = torch.zeros(1, x.shape[0], 4)
         y, self.h = self.rnn(x, self.h)
@@ -56,7 +62,7 @@ class Takes(nn.Module):
         self.table = nn.Embedding(7, 3)
         self.rnn = nn.GRU(3, 4, batch_first=True)
 
-    def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: torch.Tensor, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return self.rnn(self.table(x), h)
 
 
@@ -96,6 +102,35 @@ def test_the_plain_file_and_the_daemons_tick_are_both_held_against_the_source(
 
     with pytest.raises(ExportError, match=f"in the check 'alone' '{tensor}' is off by"):
         prove(candidate, lambda stage: None)
+
+
+def test_a_coarse_file_that_depends_on_who_shares_its_batch_is_refused(
+    candidate: Candidate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = Model.run
+    monkeypatch.setattr(Model, "run", lambda *given: _larger(own(*given)) if len(given[1]) > 1 else own(*given))
+    coarse = dataclasses.replace(candidate, coarseness=0.02, cuts=1e-3)
+
+    with pytest.raises(ExportError, match="in the check 'against itself' 'output' is off by"):
+        prove(coarse, lambda stage: None)
+
+
+def test_a_file_that_does_not_repeat_its_golden_run_is_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoiled(*given: Any) -> Any:
+        proven = prove(*given)
+        golden = proven.proof.golden
+        outputs = {"output": Tensor.of(golden.outputs["output"].array() + np.float32(0.01))}
+        proof = msgspec.structs.replace(proven.proof, golden=msgspec.structs.replace(golden, outputs=outputs))
+        return dataclasses.replace(proven, proof=proof)
+
+    monkeypatch.setattr(pipeline, "prove", spoiled)
+
+    with pytest.raises(ExportError, match=r"in the check 'golden run' 'output' is off by 0\.01"):
+        recurd_export.export(nn.GRU(3, 4, batch_first=True), torch.zeros(2, 5, 3), tmp_path / "m.onnx")
+
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_source_that_says_nothing_of_a_state_is_an_error_and_no_agreement(

@@ -205,6 +205,21 @@ def test_every_plan_takes_every_step_once_and_in_order() -> None:
             assert at == list(lengths)
 
 
+def test_what_stands_beyond_a_row_is_steps_of_streams_and_no_zeros(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Any] = []
+    monkeypatch.setattr(Model, "run", lambda self, *tick, own=Model.run: given.append(tick) or own(self, *tick))
+    lengths = (2, 7, 1)
+    model = Model.load(good, slots=3)
+
+    verify.drive(model, verify.Inputs.of(model.contract).draw(lengths, np.random.default_rng(0)), [
+        [verify.Piece(row, 0, length) for row, length in enumerate(lengths)]
+    ])  # fmt: skip
+
+    ((_, _, _, rows),) = given
+    assert rows.shape[:2] == (3, 7)
+    assert rows.all()
+
+
 @pytest.mark.parametrize(
     ("expected", "got", "ok"),
     [
