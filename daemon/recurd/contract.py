@@ -305,7 +305,7 @@ def _check_states(contract: Contract) -> None:
             raise ContractError(f"state '{state.name}': batch axis {state.batch_axis} is outside its shape")
         try:
             initial = state.initial_array()
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, MemoryError) as error:
             raise ContractError(f"state '{state.name}': its initial value cannot be read: {error}") from error
         if initial.shape != state.shape or initial.dtype.name != state.dtype:
             raise ContractError(

@@ -42,7 +42,7 @@ def rows(contract: Contract) -> Iterator[tuple[str, str]]:
     yield "model", f"{contract.name}, version {contract.version} (contract format {contract.format})"
     yield "input", _input(contract.input)
     for number, name in enumerate(contract.input.features):
-        unit = f" [{contract.input.units[number]}]" if contract.input.units else ""
+        unit = f" [{contract.input.units[number]}]" if number < len(contract.input.units) else ""
         yield "", f"{number}: {name}{unit}"
     for head in contract.heads:
         yield "head", _head(head)

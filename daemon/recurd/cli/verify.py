@@ -6,6 +6,7 @@ from pathlib import Path
 import click
 import msgspec
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from recurd.errors import ExitCode
@@ -42,7 +43,7 @@ def verify(ctx: click.Context, model: Path, device: str, seed: int, as_json: boo
         table = Table("check", "largest error", "allowed", "in", "", box=None, pad_edge=False)
         for check in checks:
             numbers = (f"{check.error:.1e}", f"{check.bound:.1e}")
-            table.add_row(check.name, *numbers, check.tensor, "ok" if check.ok else "[red]FAILED[/]")
+            table.add_row(check.name, *numbers, escape(check.tensor), "ok" if check.ok else "[red]FAILED[/]")
         Console().print(table)
     if not all(check.ok for check in checks):
         ctx.exit(ExitCode.CONTRACT)

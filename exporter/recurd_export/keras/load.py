@@ -20,7 +20,7 @@ _HDF5 = b"\x89HDF\r\n\x1a\n"
 _KERAS_2_ONLY = ("time_major",)
 _MODELS = ("Sequential", "Functional", "Model")
 #: What reading a damaged file raises.
-_DAMAGED = (zipfile.BadZipFile, zlib.error, OSError, ValueError, EOFError)
+_DAMAGED = (zipfile.BadZipFile, zlib.error, OSError, ValueError, TypeError, EOFError, RecursionError)
 
 
 def import_keras() -> Any:
@@ -141,6 +141,8 @@ def _of_keras_3(config: Any) -> Any:
 
 def _check_classes(keras: Any, path: Path, config: Any) -> None:
     """Refuse what only code of the file's author could build, before Keras looks for it."""
+    if not isinstance(config, dict):
+        raise ExportError(f"{path}: is no file of a Keras model; write one with model.save('model.keras')")
     for node in _dictionaries(config.get("config")):
         name, module, registered = (node.get(key) for key in ("class_name", "module", "registered_name"))
         if name in ("Lambda", "__lambda__"):
