@@ -1,5 +1,6 @@
 """Keras models come out of the exported file as Keras runs them: whole, in chunks, stateful; layer by layer."""
 
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 import recurd_export
+from recurd.verify import Tolerance
 from recurd_export.errors import ExportError
 from recurd_export.facts import Facts
 from recurd_export.keras import front
@@ -349,6 +351,17 @@ def test_the_model_is_left_as_it_was(tmp_path: Path) -> None:
         np.testing.assert_array_equal(as_array(value), old)
 
 
+def test_the_state_of_the_random_generators_is_left_as_it_was(tmp_path: Path) -> None:
+    model = drawn(model_of(L.LSTM(4, return_sequences=True, dropout=0.2), L.Dropout(0.3), L.Dense(2)))
+    before, numpy_before, python_before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+
+    recurd_export.export(model, None, tmp_path / "model.onnx")
+
+    assert torch.equal(torch.get_rng_state(), before)
+    assert (np.random.get_state()[1] == numpy_before).all()
+    assert random.getstate() == python_before
+
+
 def test_what_the_file_is_held_against_is_keras_and_not_its_translation() -> None:
     model = drawn(model_of(L.LSTM(4, return_sequences=True)))
     candidate = front(model)(Facts(name="net"), lambda stage: None)
@@ -356,6 +369,22 @@ def test_what_the_file_is_held_against_is_keras_and_not_its_translation() -> Non
 
     with pytest.raises(ExportError, match="the exported model is not the source model"):
         prove(candidate, lambda stage: None)
+
+
+def test_both_checks_of_keras_find_what_they_are_for() -> None:
+    def checked() -> dict[str, bool]:
+        return {check.name: check.ok for check in candidate.more_checks(candidate.inputs, Tolerance())}
+
+    model = drawn(model_of(L.LSTM(4, return_sequences=True)))
+    candidate = front(model)(Facts(name="net"), lambda stage: None)
+    assert checked() == {"Keras stateful": True, "model as given": True}
+
+    drawn(model, seed=1)  # the stateful one was built before
+    assert checked() == {"Keras stateful": True, "model as given": False}
+
+    candidate = front(model)(Facts(name="net"), lambda stage: None)
+    drawn(model, seed=2)  # the stateful one is built afterwards
+    assert checked() == {"Keras stateful": False, "model as given": True}
 
 
 def test_mixed_precision_is_exported_in_float32_and_told_of(tmp_path: Path) -> None:

@@ -143,6 +143,10 @@ def test_the_file_verifies_itself(exported: Exported) -> None:
     assert all(check.ok for check in verify(exported.report.path))
     (itself,) = (check for check in exported.report.checks if check.name == "against itself")
     assert itself.bound < 2 * exported.choice.refused
+    # What the file repeats it repeats well, however far rounded weights are from the source's.
+    proof = exported.report.contract.proof
+    assert proof is not None
+    assert proof.rtol == (1e-4 if exported.choice.refused == 1e-4 else 1 / 64)
 
 
 def test_the_report_tells_of_precision_and_drift(exported: Exported) -> None:
