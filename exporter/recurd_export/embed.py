@@ -11,6 +11,8 @@ from typing import Any
 
 from onnx import GraphProto, NodeProto, SparseTensorProto, TensorProto, helper
 
+from recurd_export import surgery
+
 
 class Embedding:
     """A graph that is to stand inside another, renamed in place; owns the weights that were in it."""
@@ -80,9 +82,8 @@ class Embedding:
         del node.metadata_props[:]
         replace(node.input, [scope[name] if name else "" for name in node.input])
         replace(node.output, [scope[name] for name in node.output])
-        for attribute in node.attribute:
-            for inner in (*attribute.graphs, *([attribute.g] if attribute.HasField("g") else ())):
-                self._inner(inner, scope)
+        for inner in surgery.subgraphs(node):
+            self._inner(inner, scope)
 
     def _inner(self, graph: GraphProto, outer: dict[str, str]) -> None:
         """A graph inside: as :meth:`_graph`, and each of its outputs must still be made by one of its own nodes."""
@@ -107,9 +108,8 @@ def _definitions(graph: GraphProto) -> Iterator[str]:
     yield from _weights(graph) | {value.name for value in graph.input}
     for node in graph.node:
         yield from node.output
-        for attribute in node.attribute:
-            for inner in (*attribute.graphs, *([attribute.g] if attribute.HasField("g") else ())):
-                yield from _definitions(inner)
+        for inner in surgery.subgraphs(node):
+            yield from _definitions(inner)
 
 
 def replace(repeated: Any, values: Iterable[Any]) -> None:

@@ -1,14 +1,14 @@
 """Reads a foreign ONNX file: its graph with the weights in it, and what goes in and out."""
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
-from onnx import GraphProto, ModelProto, NodeProto, ValueInfoProto, helper, inliner
+from onnx import ModelProto, ValueInfoProto, helper, inliner
 
 from recurd_export.errors import ExportError
+from recurd_export.surgery import nodes
 
 #: What docs/contract.md asks of a graph.
 OPSET = 17
@@ -119,15 +119,6 @@ def _port(path: Path, value: ValueInfoProto) -> Port:
         return Port(value.name, dtype, None)
     dims = tuple(dim.dim_value if dim.HasField("dim_value") else (dim.dim_param or None) for dim in tensor.shape.dim)
     return Port(value.name, dtype, dims)
-
-
-def nodes(graph: GraphProto) -> Iterator[NodeProto]:
-    """All nodes of a graph and of the graphs inside it."""
-    for node in graph.node:
-        yield node
-        for attribute in node.attribute:
-            for inner in (*attribute.graphs, *([attribute.g] if attribute.HasField("g") else ())):
-                yield from nodes(inner)
 
 
 def _refuse_random(path: Path, proto: ModelProto) -> None:

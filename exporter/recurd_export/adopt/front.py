@@ -8,9 +8,9 @@ import msgspec
 import numpy as np
 from onnx import GraphProto, ModelProto, TensorProto
 
-from recurd.contract import Contract, Head, Source, State, Tensor
+from recurd.contract import Contract, Source, State, Tensor
 from recurd.verify import Inputs, Tolerance, hold_against
-from recurd_export import pipeline, scan
+from recurd_export import pipeline, scan, surgery
 from recurd_export.adopt import foreign as files
 from recurd_export.adopt import graph, probe, roles
 from recurd_export.adopt.foreign import Foreign, Port
@@ -77,7 +77,7 @@ def _build(
 
 def _computes_in_float16(foreign: Foreign) -> bool:
     kinds = {tensor.data_type for tensor in foreign.proto.graph.initializer}
-    kinds |= {a.i for node in files.nodes(foreign.proto.graph) for a in node.attribute if a.name == "to"}
+    kinds |= {a.i for node in surgery.nodes(foreign.proto.graph) for a in node.attribute if a.name == "to"}
     ports = {port.dtype for port in (*foreign.inputs, *foreign.outputs)}
     return TensorProto.FLOAT16 in kinds or "float16" in ports
 
@@ -101,7 +101,7 @@ def describe(foreign: Foreign, layout: Layout, adoption: Adoption, facts: Facts)
     if adoption.context:
         shape = (*shape[:-1], shape[-1] - adoption.context)
     dtype: Literal["float32", "int64"] = "int64" if adoption.classes is not None else "float32"
-    heads = tuple(_head(facts, head.dtype, head.shape, names.free(head.port.name)) for head in layout.heads)
+    heads = tuple(facts.head(names.free(head.port.name), head.dtype, head.shape, "step") for head in layout.heads)
     facts.check_labels(head.name for head in heads)
     if len({head.dtype for head in heads}) > 1:
         kinds = ", ".join(f"{head.name} {head.dtype}" for head in heads)
@@ -154,10 +154,6 @@ class _Names:
             name += "_"
         self._taken.add(name)
         return name
-
-
-def _head(facts: Facts, dtype: str, shape: tuple[int, ...], name: str) -> Head:
-    return facts.head(name, dtype, shape, "step")
 
 
 def _source(foreign: Foreign) -> Source:

@@ -9,8 +9,8 @@ import onnx
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 from recurd.contract import Contract
-from recurd_export import signature
-from recurd_export.adopt.foreign import Foreign, Port, nodes
+from recurd_export import signature, surgery
+from recurd_export.adopt.foreign import Foreign, Port
 from recurd_export.adopt.layout import HeadLayout, Layout, order
 from recurd_export.adopt.roles import Constant, Roles
 from recurd_export.embed import Embedding
@@ -72,7 +72,9 @@ def _with_lengths(proto: ModelProto) -> tuple[ModelProto, Port | None]:
     wired = ModelProto()
     wired.CopyFrom(proto)
     found = [node for node in wired.graph.node if node.op_type in RECURRENT and not node.domain]
-    if not found or len(found) < sum(node.op_type in RECURRENT and not node.domain for node in nodes(proto.graph)):
+    if not found or len(found) < sum(
+        node.op_type in RECURRENT and not node.domain for node in surgery.nodes(proto.graph)
+    ):
         return proto, None  # some are inside a branch or a loop
     names = {name for node in wired.graph.node for name in (*node.input, *node.output)}
     names |= {value.name for value in wired.graph.input}

@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from recurd_export.adopt.foreign import Foreign, Port, first_line, nodes
+from recurd_export import surgery
+from recurd_export.adopt.foreign import Foreign, Port, first_line
 from recurd_export.adopt.hypotheses import CANNOT_SHARE, Hypothesis, hypotheses
 from recurd_export.adopt.layout import HeadLayout, Layout, StateLayout
 from recurd_export.adopt.roles import Roles
@@ -64,7 +65,7 @@ def find(foreign: Foreign, roles: Roles, adoption: Adoption, known: Array | None
             if furthest is None or failed.stage > furthest.stage:
                 furthest = failed
     assert furthest is not None
-    quantised = any(node.op_type.startswith("DynamicQuantize") for node in nodes(foreign.proto.graph))
+    quantised = any(node.op_type.startswith("DynamicQuantize") for node in surgery.nodes(foreign.proto.graph))
     why = QUANTISED if quantised and furthest.stage is _Stage.ROWS else ""
     raise ExportError(f"{foreign.path}: {furthest}{why}") from furthest
 

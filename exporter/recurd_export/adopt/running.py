@@ -9,7 +9,8 @@ import onnx
 import onnxruntime as ort
 from onnx import GraphProto
 
-from recurd_export.adopt.foreign import Foreign, first_line, nodes
+from recurd_export import surgery
+from recurd_export.adopt.foreign import Foreign, first_line
 from recurd_export.adopt.roles import Roles
 from recurd_export.errors import ExportError
 
@@ -31,11 +32,8 @@ def open_relaxed(foreign: Foreign) -> ort.InferenceSession:
     """
     relaxed = onnx.ModelProto()
     relaxed.CopyFrom(foreign.proto)
-    _relax(relaxed.graph)
-    for node in nodes(relaxed.graph):
-        for attribute in node.attribute:
-            for inner in (*attribute.graphs, *([attribute.g] if attribute.HasField("g") else ())):
-                _relax(inner)
+    for graph in surgery.graphs(relaxed.graph):
+        _relax(graph)
     try:
         return ort.InferenceSession(relaxed.SerializeToString(), _quiet(), providers=["CPUExecutionProvider"])
     except Exception as error:  # the runtime raises its own unexported types
