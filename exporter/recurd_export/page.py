@@ -79,7 +79,7 @@ def _head(report: Report) -> Html:
     tiles = (
         ("checks that held", f"{sum(check.ok for check in report.checks)} of {len(report.checks)}"),
         ("largest error of the checks", f"{max(check.error for check in report.checks):.1e}"),
-        (f"largest error in {report.drift.steps:,} steps", f"{worst.worst:.1e}"),
+        (f"error nearest its bound in {report.drift.steps:,} steps", f"{worst.worst:.1e}"),
         ("precision", f"{report.precision}, states {states}"),
         ("file", _size(report.bytes)),
         ("state of one stream", _size(memory)),

@@ -82,6 +82,6 @@ def _drift(drift: Drift) -> str:
     worst = drift.worst
     fewer = f"; {drift.fewer}" if drift.fewer else ""
     return (
-        f"over {drift.steps:,} steps: largest error {worst.worst:.1e} (allowed {worst.bound:.1e}) in "
+        f"over {drift.steps:,} steps: error nearest its bound {worst.worst:.1e} (allowed {worst.bound:.1e}) in "
         f"'{worst.tensor}', at the end {worst.errors[-1]:.1e}{fewer}"
     )

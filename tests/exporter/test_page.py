@@ -134,7 +134,7 @@ def test_it_has_what_was_found(written: Written) -> None:
     for said in (
         contract.weights_sha256, "float16, states float32", "50 Hz", "encoder (LSTM)", "float32 [batch, time, 3]",
         "float32 [1, 5]", "1, 2, 3", "4, 5, 6", "<b>, ok", f"torch {contract.source.versions['torch']}", "ai.onnx 18",
-        f"largest error in {report.drift.steps:,} steps",
+        f"error nearest its bound in {report.drift.steps:,} steps",
     ):  # fmt: skip
         assert said in page.text, said
     assert [note for note in report.notes if note not in page.text] == []
