@@ -13,11 +13,12 @@ from torch import nn
 import recurd_export
 from recurd.contract import Tensor
 from recurd.model import Model
-from recurd.verify import EQUAL, drive, together
+from recurd.verify import EQUAL, RAGGED, chunked, drive, together
 from recurd_export import pipeline
 from recurd_export.candidate import Candidate
 from recurd_export.errors import ExportError
 from recurd_export.facts import Facts
+from recurd_export.pipeline import FrontEnd
 from recurd_export.prove import prove
 from recurd_export.pytorch.front import front
 from recurd_export.session import Session
@@ -102,6 +103,44 @@ def test_the_plain_file_and_the_daemons_tick_are_both_held_against_the_source(
 
     with pytest.raises(ExportError, match=f"in the check 'alone' '{tensor}' is off by"):
         prove(candidate, lambda stage: None)
+
+
+def test_a_model_that_looks_ahead_is_held_against_the_source_in_the_same_chunks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    both = front(nn.GRU(3, 4, batch_first=True, bidirectional=True), torch.zeros(2, 5, 3))
+    made = both(Facts(name="net"), lambda stage: None)
+    own = Model.run
+    monkeypatch.setattr(Model, "run", lambda *given: own(*given) if given[2].all() else _larger(own(*given)))
+
+    with pytest.raises(ExportError, match="in the check 'chunks alone' 'output' is off by"):
+        prove(made, lambda stage: None)
+
+
+class Sums(nn.Module):
+    """One step of a running sum."""
+
+    def forward(self, x: torch.Tensor, total: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return x - total, total + x
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        front(nn.LSTM(3, 4, 2, batch_first=True), torch.zeros(2, 5, 3)),
+        front(Sums(), (torch.zeros(2, 3), torch.ones(2, 3)), step=True),
+    ],
+)
+def test_a_source_goes_on_where_a_chunk_ended(source: FrontEnd) -> None:
+    made = source(Facts(name="net"), lambda stage: None)
+    random = np.random.default_rng(0)
+    streams = made.inputs.draw(RAGGED, random)
+
+    whole, cut = (drive(made.reference, streams, plan) for plan in (together(RAGGED), chunked(RAGGED, random)))
+
+    for name, rows in whole.items():
+        for one, other in zip(rows, cut[name], strict=True):
+            np.testing.assert_allclose(other, one, rtol=0, atol=1e-5)
 
 
 def test_a_coarse_file_that_depends_on_who_shares_its_batch_is_refused(
