@@ -40,6 +40,8 @@ _HANDLE_BITS = 40
 _HALT_RETRY_SECONDS = 1.0
 #: Messages that touch no stream.
 _HARMLESS = frozenset({wire.Type.HELLO, wire.Type.PING})
+#: Messages with a number in their stream.
+_RECORDS = frozenset({wire.Type.CHUNK, wire.Type.RESET})
 
 
 class Engine:
@@ -121,6 +123,8 @@ class Engine:
     def _handle(self, header: wire.Header, payload: wire.Buffer, peer: Peer, now: float, is_finite: bool) -> None:
         try:
             if self._halted is not None and header.type not in _HARMLESS:
+                if self._has_accepted(header, peer):
+                    return
                 raise Refused(Code.BUSY, self._halted, retry_after_seconds=_HALT_RETRY_SECONDS)
             if header.type == wire.Type.CHUNK:
                 self._on_chunk(header, payload, peer, now, is_finite)
@@ -134,6 +138,17 @@ class Engine:
             self._log.exception("internal_error", type=header.type, handle=header.handle, seq=header.seq)
             bug = Refused(Code.INTERNAL, "a bug in the daemon; its log has the traceback")
             self._outbox.send_error(peer, header, bug)
+
+    def _has_accepted(self, header: wire.Header, peer: Peer) -> bool:
+        """Whether this is a record sent again. Halted, it is not refused: its answer comes once it is saved.
+
+        A client that is refused a record takes it for one that has never been accepted.
+        """
+        try:
+            stream = self._streams.find(header, peer)
+        except (Refused, Broken):
+            return False
+        return header.type in _RECORDS and 0 < header.seq <= stream.accepted
 
     def _on_other(self, header: wire.Header, payload: wire.Buffer, peer: Peer, now: float) -> None:
         if header.type == wire.Type.RESET:
