@@ -558,3 +558,23 @@ def test_while_nothing_can_be_saved_nothing_is_told_and_nothing_is_taken(
     assert daemon.stats.journal_failures == 1
     found = np.concatenate([result.output, second.output])
     np.testing.assert_allclose(found, expected(draw(1, 3), draw(2, 3)), rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_sent_again_while_nothing_can_be_saved_is_not_refused(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caller = daemon.connect()
+    handle = caller.handle("s")
+
+    def fail(*_: Any) -> None:
+        raise JournalError("/srv/journal: cannot be written: No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(daemon.durable._journal, "commit", fail)
+        first = caller.run(chunk(handle, 1, draw(1, 3)))
+        again = caller.run(chunk(handle, 1, draw(1, 3)))
+    daemon.now += RETRY_SECONDS
+    (result,) = caller.take()
+
+    assert (first, again) == ([], [])
+    assert (result.type, Flag.DUPLICATE in result.flags) == (Type.RESULT, False)
