@@ -13,7 +13,7 @@ from torch import nn
 import recurd_export
 from recurd.contract import Tensor
 from recurd.model import Model
-from recurd.verify import EQUAL, RAGGED, chunked, drive, together
+from recurd.verify import EQUAL, RAGGED, Check, chunked, drive, together
 from recurd_export import pipeline
 from recurd_export.candidate import Candidate
 from recurd_export.errors import ExportError
@@ -103,6 +103,13 @@ def test_the_plain_file_and_the_daemons_tick_are_both_held_against_the_source(
 
     with pytest.raises(ExportError, match=f"in the check 'alone' '{tensor}' is off by"):
         prove(candidate, lambda stage: None)
+
+
+def test_a_front_ends_own_check_that_fails_is_refused(candidate: Candidate) -> None:
+    failed = dataclasses.replace(candidate, more_checks=lambda inputs, tolerance: [Check("own", 2.0, 1.0, "output")])
+
+    with pytest.raises(ExportError, match="in the check 'own' 'output' is off by 2, at most 1 is allowed"):
+        prove(failed, lambda stage: None)
 
 
 def test_a_model_that_looks_ahead_is_held_against_the_source_in_the_same_chunks(
