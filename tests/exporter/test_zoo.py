@@ -298,6 +298,48 @@ class Chars(Tokens):
         return F.log_softmax(self.linear(y), dim=-1).view(-1, 11)
 
 
+class Remembers(nn.Module):
+    """Remembers the batch size in a number, as AWD-LSTM does, and makes its states anew, or cuts them, by it."""
+
+    def __init__(self, kind: str, keep: Callable[[Any], Any], *, batch: int = 1, cuts: bool = False) -> None:
+        super().__init__()
+        self.keep, self.bs, self.cuts = keep, batch, cuts
+        one = getattr(nn, kind)
+        self.layers = nn.ModuleList([one(5, 6, 2, dropout=0.3), one(6, 4)])
+        self.reset()
+
+    def reset(self) -> None:
+        self.states = self.keep(self._zeros(layer) for layer in self.layers)
+
+    def _zeros(self, layer: Any) -> Any:
+        parts = [torch.zeros(layer.num_layers, self.bs, layer.hidden_size) for _ in range(2)]
+        return self.keep(parts) if layer.mode == "LSTM" else parts[0]
+
+    def _each(self, states: Any, change: Callable[[Tensor], Tensor]) -> Any:
+        return change(states) if isinstance(states, Tensor) else self.keep(self._each(s, change) for s in states)
+
+    def forward(self, x: Tensor) -> Tensor:
+        more = x.size(1) - self.bs
+        if x.size(1) != self.bs and self.cuts:
+            self.states = self._each(self.states, lambda s: F.pad(s, (0, 0, 0, more)) if more > 0 else s[:, :more])
+            self.bs = x.size(1)
+        elif x.size(1) != self.bs:
+            self.bs = x.size(1)
+            self.reset()
+        states = []
+        for layer, state in zip(self.layers, self.states, strict=True):
+            x, state = layer(x, state)
+            states.append(self._each(state, Tensor.detach))
+        self.states = self.keep(states)
+        return x
+
+
+def _begun_anew(model: Any, x: Tensor) -> dict[str, Tensor]:
+    model.bs = x.size(0)
+    model.reset()
+    return {"output": model(x.transpose(0, 1)).transpose(0, 1)}
+
+
 def _used(model: nn.Module, batch: int = 7) -> nn.Module:
     """After training, with a state of some other batch left behind."""
     model(torch.zeros(batch, 3, 5))
@@ -418,6 +460,15 @@ ZOO: dict[str, Case] = {
     "keeps its state in a buffer": Case(KeptByHand, call=lambda m, x: {"output": (m.init_hidden(len(x)), m(x))[1]}),
     "keeps learned states": Case(
         lambda: _used(KeptLearned()), call=lambda m, x: {"output": _forget(m, [None, None])(x)}, nodes=2
+    ),
+    "remembers the batch size": Case(
+        lambda: _used(Remembers("LSTM", tuple)), torch.zeros(16, 2, 5), _begun_anew, nodes=3
+    ),
+    "remembers the example's batch size": Case(
+        lambda: Remembers("GRU", list, batch=2), torch.zeros(16, 2, 5), _begun_anew, nodes=3
+    ),
+    "remembers the batch size, and cuts": Case(
+        lambda: Remembers("RNN", list, cuts=True), torch.zeros(16, 7, 5), _begun_anew, nodes=3
     ),
     "a language model": Case(
         Chars,

@@ -1,7 +1,8 @@
 """Models that keep their recurrent state in attributes from call to call.
 
 Such an attribute is a state argument in another place: it is found by what a second call of the same copy hands to its
-layers, and reset before every run, so that every run is a fresh start.
+layers, and reset before every run, so that every run is a fresh start. So is an attribute where the model remembers
+the batch size of its last call, to begin anew when it is another one.
 """
 
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from recurd_export.pytorch.watch import ForwardError, Run, copy_of, tensors, wat
 
 @dataclass(frozen=True)
 class Kept:
-    """An attribute that holds states, as a run left it; every tensor is ``[..., batch, hidden]``."""
+    """An attribute as a run left it: states, every tensor ``[..., batch, hidden]``, or the batch size."""
 
     path: str
     attribute: str
@@ -30,11 +31,15 @@ class Kept:
         """Make the next run, of ``batch`` rows (symbolic too), a fresh start: the model's own, or zeros."""
         module = model.get_submodule(self.path)
         rows = batch + 1 if self.renewed else batch
-        zeros = tree.map_leaves(self.value, lambda t: torch.zeros(*t.shape[:-2], rows, t.shape[-1], dtype=t.dtype))
+        value = rows if isinstance(self.value, int) else tree.map_leaves(self.value, lambda t: _zeros(t, rows))
         if self.attribute in module._buffers:
-            module._buffers[self.attribute] = zeros  # a buffer does not take what may be no tensor while tracing
+            module._buffers[self.attribute] = value  # a buffer does not take what may be no tensor while tracing
         else:
-            setattr(module, self.attribute, zeros)
+            setattr(module, self.attribute, value)
+
+
+def _zeros(state: Tensor, rows: Any) -> Tensor:
+    return torch.zeros(*state.shape[:-2], rows, state.shape[-1], dtype=state.dtype)
 
 
 def find_kept(model: nn.Module, args: tuple[Any, ...]) -> tuple[Kept, ...]:
@@ -46,7 +51,8 @@ def find_kept(model: nn.Module, args: tuple[Any, ...]) -> tuple[Kept, ...]:
     first = watch(copied, tree.map_leaves(args, Tensor.clone))
     before = _attributes(copied)
     held = [part for _, _, value in before for part in _parts(value)]
-    carried = _carried(first, watch(copied, tree.map_leaves(args, Tensor.clone)), held)
+    second = watch(copied, tree.map_leaves(args, Tensor.clone))
+    carried = _carried(first, second, held)
     if not carried:
         return ()
     found = tuple(
@@ -57,14 +63,40 @@ def find_kept(model: nn.Module, args: tuple[Any, ...]) -> tuple[Kept, ...]:
     held = [part for kept in found for part in _parts(kept.value)]
     if not all(_among(state, held) for state in carried):
         raise ExportError("the model keeps its state from call to call elsewhere than in attributes of its modules")
-    return tuple(replace(kept, renewed=_renews(model, args, found)) for kept in found)
+    batch = second.calls[0].batch
+    found += tuple(_remembered(model, args, copied, batch))
+    renewed = _renews(model, args, found, batch)
+    return tuple(replace(kept, renewed=renewed) for kept in found)
 
 
-def _renews(model: nn.Module, args: tuple[Any, ...], found: tuple[Kept, ...]) -> bool:
+def _remembered(model: nn.Module, args: tuple[Any, ...], used: nn.Module, batch: int) -> Iterator[Kept]:
+    """Whole numbers that are the batch size after a call, of ``batch`` rows (as ``used`` had) and of one row more."""
+    x, *rest = args
+    for axis in [axis for axis, size in enumerate(x.shape[:2]) if size == batch]:
+        copied = copy_of(model)
+        try:
+            run = watch(copied, (torch.cat([x, x.narrow(axis, 0, 1)], axis), *tree.map_leaves(rest, Tensor.clone)))
+        except ForwardError:
+            continue
+        if run.calls and run.calls[0].batch == batch + 1:
+            later = _numbers(copied)
+            for place, number in _numbers(used).items():
+                if number == batch and later.get(place) == batch + 1:
+                    yield Kept(*place, number)
+            return
+
+
+def _numbers(model: nn.Module) -> dict[tuple[str, str], int]:
+    """All attributes that are whole numbers, by the path of their module and their name."""
+    own = ((path, name, value) for path, module in model.named_modules() for name, value in vars(module).items())
+    return {(path, name): value for path, name, value in own if type(value) is int}
+
+
+def _renews(model: nn.Module, args: tuple[Any, ...], found: tuple[Kept, ...], batch: int) -> bool:
     """Whether the model takes a state of a wrong batch size as a reason to begin anew."""
     copied = copy_of(model)
     for kept in found:
-        replace(kept, renewed=True).reset(copied, next(tensors(kept.value)).shape[-2])
+        replace(kept, renewed=True).reset(copied, batch)
     try:
         watch(copied, tree.map_leaves(args, Tensor.clone))
     except ForwardError:
