@@ -87,7 +87,7 @@ def _guess(model: nn.Module, needed: bool) -> tuple[tuple[int, ...], str]:
             return GUESSED, "int64"
         if isinstance(module, nn.Linear):
             return (*GUESSED, module.in_features), "float32"
-        if isinstance(module, nn.RNNBase):
+        if isinstance(module, nn.RNNBase | nn.RNNCellBase):
             return (*GUESSED, module.input_size), "float32"
         if needed and next(module.parameters(recurse=False), None) is not None and path:
             raise ExportError(

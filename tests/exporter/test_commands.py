@@ -36,6 +36,19 @@ class Chars(nn.Module):
     def forward(self, ids):
         return self.rnn(self.embedding(ids))[0]
 
+class Loop(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.cell = nn.RNNCell(5, 6)
+
+    def forward(self, x):
+        h = torch.zeros(x.size(0), 6)
+        out = []
+        for step in x.unbind(1):
+            h = self.cell(step, h)
+            out.append(h)
+        return torch.stack(out, 1)
+
 def with_example():
     return Net(), torch.zeros(3, 7, 5)
 
@@ -140,6 +153,7 @@ def test_the_weights_are_the_ones_in_the_file(folder: Path) -> None:
         ("with_example", [], "float32 [batch, time, 5]"),
         ("ready", [], "float32 [batch, time, 5]"),
         ("bare", [], "float32 [batch, time, 5]"),
+        ("Loop", [], "float32 [batch, time, 5]"),
         ("Chars", [], "int64 [batch, time]"),
         ("Chars", ["--example", "2,8", "--dtype", "int64"], "int64 [batch, time]"),
         ("Net", ["--example", "4,4,5"], "float32 [batch, time, 5]"),
