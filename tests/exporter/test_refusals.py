@@ -34,6 +34,18 @@ class Net(nn.Module):
         return self.after(self, y) if self.after else y
 
 
+class Clashing(nn.Module):
+    """A layer is called twice, and another one is named as its second call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = nn.GRU(5, 5, batch_first=True)
+        self.add_module("rnn@2", nn.GRU(5, 5, batch_first=True))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.get_submodule("rnn@2")(self.rnn(self.rnn(x)[0])[0])[0]  # type: ignore[no-any-return]
+
+
 def _over_time(net: Net, x: Tensor) -> Tensor:
     return net.layer(x.transpose(1, 2)).transpose(1, 2)  # type: ignore[misc]
 
@@ -281,6 +293,16 @@ OTHERS: dict[str, tuple[Callable[[], nn.Module], Any, str]] = {
         lambda: _after(lambda y: y if y.sum() > 0 else -y),
         EXAMPLE,
         "the model's forward branches on the values of tensors",
+    ),
+    "a branch on values before a layer, which then seems to mix steps": (
+        lambda: Net(lambda net, x: x * 2 if x.sum() > 0 else x, lambda net, y: net.layer(y), nn.Linear(6, 1)),
+        EXAMPLE,
+        "the model's forward branches on the values of tensors",
+    ),
+    "two states of one name": (
+        Clashing,
+        EXAMPLE,
+        "two calls of layers are both named 'rnn@2', as the second call of a layer 'x' is named 'x@2'; give the layer",
     ),
     "a branch on sizes": (
         lambda: _after(lambda y: y if y.shape[1] < 13 else -y),

@@ -101,12 +101,25 @@ def find(model: nn.Module, example: Any) -> Layout:
     check_loops(run)
     recurrences = find_recurrences([run.calls for run in runs], lambda call: _unsteady(model, arguments, call))
     convolutions = find_convolutions(runs)
-    taken = {name for one in recurrences for name in names(one.states)}
-    taken |= {name for one in convolutions for name in names((one.state,))}
+    taken = _taken(recurrences, convolutions)
     heads, states = find_outputs(model, arguments, runs, taken)
     if not (recurrences or convolutions):
         raise ExportError(looking_ahead(runs) or no_state(model))
     return Layout(arguments, recurrences, convolutions, heads, states)
+
+
+def _taken(recurrences: Sequence[Recurrence], convolutions: Sequence[Convolution]) -> set[str]:
+    """All tensor names the states take. Raises :class:`ExportError` where two states have one name."""
+    taken: set[str] = set()
+    for one in (*recurrences, *convolutions):
+        own = set(names(one.states if isinstance(one, Recurrence) else (one.state,)))
+        if own & taken:
+            raise ExportError(
+                f"two calls of layers are both named '{one.name}', as the second call of a layer 'x' is named 'x@2'; "
+                f"give the layer with an @ in its name another one"
+            )
+        taken |= own
+    return taken
 
 
 def check_modules(model: nn.Module) -> None:

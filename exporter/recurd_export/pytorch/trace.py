@@ -47,11 +47,11 @@ def trace(model: nn.Module, hoisted: Hoisted | StepFunction) -> ExportedProgram:
 def _refusal(model: nn.Module, hoisted: Hoisted | StepFunction, error: Exception, conditions: list[str]) -> ExportError:
     if isinstance(error, ExportError):
         return error
+    if isinstance(error, GuardOnDataDependentSymNode):  # first, as what it does for some values looks like mixing
+        return ExportError("the model's forward branches on the values of tensors, which a graph cannot")
     layer = None if isinstance(hoisted, StepFunction) else mixing_module(model, hoisted.layout)
     if layer is not None:
         return ExportError(f"{layer} mixes time steps, so results would depend on how a stream is cut into chunks")
-    if isinstance(error, GuardOnDataDependentSymNode):
-        return ExportError("the model's forward branches on the values of tensors, which a graph cannot")
     real = [condition for condition in conditions if not _always_true(condition)]
     if real:
         return ExportError(
