@@ -1,5 +1,6 @@
 """Cells stepped over time in a forward come out as fused layers where they are, and step by step where they are not."""
 
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,8 +14,6 @@ from torch import Tensor, nn
 
 import recurd_export
 from recurd_export import ExportError, drift
-
-pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN:UserWarning")
 
 EXAMPLE = torch.zeros(2, 8, 5)
 
@@ -444,3 +443,14 @@ def test_a_loop_that_cannot_be_exported_is_refused_in_one_sentence(tmp_path: Pat
     assert sentence in str(caught.value)
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+class Outspoken(Projected):
+    def forward(self, x: Tensor) -> Tensor:
+        warnings.warn("my own words", stacklevel=1)
+        return super().forward(x)
+
+
+def test_what_torch_says_of_projections_is_kept_from_the_user_and_what_the_model_says_is_not(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="my own words"):  # any other one is an error
+        recurd_export.export(Outspoken(batch_first=True), EXAMPLE, tmp_path / "m.onnx")

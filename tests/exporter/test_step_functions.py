@@ -201,7 +201,6 @@ def exported(tmp_path_factory: pytest.TempPathFactory, plain_run: Any) -> Callab
     return get
 
 
-@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN:UserWarning")
 @pytest.mark.parametrize("name", CASES)
 def test_a_step_over_time_gives_what_a_loop_gives(exported: Callable[[str], Exported], name: str) -> None:
     case, model, report, plain = exported(name)
@@ -370,6 +369,30 @@ def test_a_step_that_cannot_be_exported_is_refused_in_one_sentence(tmp_path: Pat
     assert sentence in str(caught.value)
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+class Cell(nn.Module):
+    """An LSTM cell that returns as many tensors as it takes states: ``what`` of them."""
+
+    def __init__(self, what: Callable[[Tensor, Tensor], Any]) -> None:
+        super().__init__()
+        self.cell, self.what = nn.LSTMCell(5, 4), what
+
+    def forward(self, x: Tensor, h: Tensor, c: Tensor) -> Any:
+        return self.what(*self.cell(x, (h, c)))
+
+
+def test_a_step_that_returns_no_more_than_its_states_is_told_how_it_was_read(tmp_path: Path) -> None:
+    read = "the module returns as many tensors as it takes states, so all were taken for the next 'h' and 'c' and the"
+
+    def notes(model: nn.Module, *states: Any) -> list[str]:
+        report = recurd_export.export(model, (X, *states), tmp_path / "m.onnx", step=True)
+        return [note for note in report.notes if note.startswith("the module returns")]
+
+    short = notes(Cell(lambda h, c: (h + 1, h)), H, H)
+    assert [note[: len(read)] for note in short] == [read]
+    assert notes(Cell(lambda h, c: (h + 1, h, c)), H, H) == []
+    assert notes(nn.GRUCell(5, 4), H) == []
 
 
 def test_a_step_needs_an_example(tmp_path: Path) -> None:

@@ -112,6 +112,16 @@ def convolution_notes(found: Layout) -> Iterator[str]:
         )
 
 
+def step_notes(model: nn.Module, found: StepLayout) -> Iterator[str]:
+    """What was taken for granted of a module of one step that returns no more tensors than it takes states."""
+    if found.heads[0].position in found.returned and not isinstance(model, nn.RNNCellBase):
+        names = " and ".join(f"'{state.name}'" for state in found.states)
+        yield (
+            f"the module returns as many tensors as it takes states, so all were taken for the next {names} and the "
+            f"first for the output too; if the first is an output only, return it and then every state"
+        )
+
+
 def notes(found: AnyLayout, contract: Contract) -> Iterator[str]:
     """What the caller should know and might not expect."""
     if not contract.causal:

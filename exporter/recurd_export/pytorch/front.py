@@ -5,6 +5,7 @@ works step by step (``steps``) and takes no index out of range (``bounds``), con
 """
 
 import itertools
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,6 +27,7 @@ from recurd_export.pytorch.describe import (
     describe_model,
     describe_step,
     notes,
+    step_notes,
 )
 from recurd_export.pytorch.hoist import Hoisted
 from recurd_export.pytorch.reference import Reference, returns_state_arguments
@@ -41,7 +43,9 @@ def front(model: nn.Module, example: Any, *, step: bool = False) -> pipeline.Fro
     source = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
 
     def look(facts: Facts, progress: pipeline.Progress) -> Candidate:
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), warnings.catch_warnings():
+            # Said once in a process, of the model as it runs here; the exported file has nothing to do with oneDNN.
+            warnings.filterwarnings("ignore", "LSTM with projections is not supported with oneDNN", UserWarning)
             return candidate(source, example, facts, progress)
 
     return look
@@ -90,7 +94,7 @@ def _of_step(model: nn.Module, example: Any, facts: Facts, progress: pipeline.Pr
         exact=StepReference(model, found, contract, double=True),
         inputs=Inputs(contract.input, None if known is None else known.numpy()),
         hoisted=(describe_step(model, found),),
-        notes=(step.note, *notes(found, contract)),
+        notes=(step.note, *step_notes(model, found), *notes(found, contract)),
     )
 
 
