@@ -110,12 +110,14 @@ def find(model: nn.Module, example: Any) -> Layout:
 
 def _taken(recurrences: Sequence[Recurrence], convolutions: Sequence[Convolution]) -> set[str]:
     """All tensor names the states take. Raises :class:`ExportError` where two states have one name."""
+    calls: list[tuple[str, tuple[StateLayout, ...]]] = [(one.name, one.states) for one in recurrences]
+    calls += [(one.name, (one.state,)) for one in convolutions]
     taken: set[str] = set()
-    for one in (*recurrences, *convolutions):
-        own = set(names(one.states if isinstance(one, Recurrence) else (one.state,)))
+    for name, states in calls:
+        own = set(names(states))
         if own & taken:
             raise ExportError(
-                f"two calls of layers are both named '{one.name}', as the second call of a layer 'x' is named 'x@2'; "
+                f"two calls of layers are both named '{name}', as the second call of a layer 'x' is named 'x@2'; "
                 f"give the layer with an @ in its name another one"
             )
         taken |= own
