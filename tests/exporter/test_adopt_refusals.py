@@ -401,6 +401,27 @@ def test_the_model_itself_is_never_written_over(tmp_path: Path) -> None:
     assert path.read_bytes() == before
 
 
+def test_a_file_with_a_contract_is_served_and_not_adopted(tmp_path: Path) -> None:
+    path = tmp_path / "pump.onnx"
+    adopted = run(lstm_file(tmp_path / "lstm.onnx"), "-o", path, "--initial", "h0=0.5", "--features", "a,b,c")
+    assert adopted.exit_code == 0, adopted.output
+    assert "(opset 17, somebody)" in CliRunner().invoke(main, ["inspect", str(path)]).stdout
+    sentence = refused(tmp_path, path, code=ExitCode.USAGE)
+    assert sentence == (
+        "FILE: has a contract already, which adopting would drop; look at it with recurd inspect, and serve the file "
+        "as it is with recurd serve"
+    )
+
+
+def test_an_axis_that_cannot_be_the_batchs_is_told_from_a_shape_that_is_not_said(tmp_path: Path) -> None:
+    path = lstm_file(tmp_path / "lstm.onnx")
+    sentence = refused(tmp_path, path, "--state", "h0:hn", "--batch-axis", "h0=0", code=ExitCode.USAGE)
+    assert sentence == (
+        "axis 0 of the state 'h0' float32 [1, batch, 4] is not the batch's, as its size is always 1; say "
+        "--batch-axis h0=1, or leave it out"
+    )
+
+
 def test_weights_that_are_missing_are_named(tmp_path: Path) -> None:
     path = lstm_file(tmp_path / "lstm.onnx")
     onnx.save(onnx.load(path), path, save_as_external_data=True, location="lstm.bin", size_threshold=64)

@@ -51,7 +51,7 @@ def rows(contract: Contract) -> Iterator[tuple[str, str]]:
     size = sum(state.width * np.dtype(state.dtype).itemsize for state in contract.states)
     yield "state row", f"{sum(state.width for state in contract.states)} elements, {size} bytes a stream"
     yield "causal", "yes" if contract.causal else "no: results depend on how a stream is cut into chunks"
-    versions = ", ".join(f"{name} {version}" for name, version in contract.source.versions.items())
+    versions = ", ".join(f"{name} {version}".rstrip() for name, version in contract.source.versions.items())
     yield "source", f"{contract.source.model or contract.source.framework} ({versions})"
     yield "weights", f"sha256 {contract.weights_sha256}"
     if contract.proof is None:

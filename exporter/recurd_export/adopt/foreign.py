@@ -7,7 +7,8 @@ from pathlib import Path
 import onnx
 from onnx import ModelProto, ValueInfoProto, helper, inliner
 
-from recurd_export.errors import ExportError
+from recurd.contract import METADATA_KEY
+from recurd_export.errors import ExportError, ExportUsageError
 from recurd_export.surgery import nodes
 
 #: What docs/contract.md asks of a graph.
@@ -55,6 +56,11 @@ class Foreign:
 def load(path: Path) -> Foreign:
     """Read a file. Raises :class:`ExportError` in one sentence when it is none recurd can take."""
     proto = _parse(path)
+    if any(entry.key == METADATA_KEY for entry in proto.metadata_props):
+        raise ExportUsageError(
+            f"{path}: has a contract already, which adopting would drop; look at it with recurd inspect, and serve the "
+            f"file as it is with recurd serve"
+        )
     opset = max((o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")), default=0)
     size = proto.ByteSize()
     if size > MAX_BYTES:

@@ -136,8 +136,19 @@ def _state(
     if found:
         return found
     if pair.shape is None:
+        _refuse_axis(before, dims, axis)
         raise ExportError(f"the file does not say the shape of the state {before}; give it with --state-shape")
     raise ExportError(f"a state of shape {list(pair.shape)} (without batch) does not fit {before}")
+
+
+def _refuse_axis(before: Port, dims: Sequence[int | str | None], said: int | None) -> None:
+    """Refuse an axis of fixed size that was said to be the batch's, where the only other one of none must be."""
+    free = [axis for axis, size in enumerate(dims) if not isinstance(size, int)]
+    if said is not None and len(free) == 1 and said not in free:
+        raise ExportUsageError(
+            f"axis {said} of the state {before} is not the batch's, as its size is always {dims[said]}; say "
+            f"--batch-axis {before.name}={free[0]}, or leave it out"
+        )
 
 
 def _dims(pair: StatePair, before: Port, after: Port) -> tuple[int | str | None, ...]:
