@@ -16,7 +16,8 @@ Examples:
   recurd export charrnn:CharRNN --example 2,16 --dtype int64 --out char.onnx --json
 \b
 TARGET is a file of a whole model (.keras, .h5, or a torch.nn.Module in .pt or .pth), or a factory: a function or class
-that gives a torch.nn.Module, or a module and an example input. It is looked up below the current directory too.
+that gives a torch.nn.Module, or a module and an example input, or a Keras model. It is looked up below the current
+directory too.
 ONNX files are taken by 'recurd adopt'. Nothing in a file is executed but with --trust-pickle.
 \b
 Exit codes: 0 exported and verified, 2 wrong usage, 70 the model cannot be exported (nothing is written).
@@ -44,7 +45,7 @@ class _Sizes(click.ParamType[Any]):
 @click.command(epilog=EPILOG)
 @click.argument("target", metavar="TARGET")
 @click.option(
-    "--weights", type=click.Path(path_type=Path), help="State dict for a factory: torch.save or .safetensors."
+    "--weights", type=click.Path(path_type=Path), help="For a factory: torch.save, .safetensors or Keras' .weights.h5."
 )
 @click.option("--out", "-o", type=click.Path(path_type=Path), required=True, help="File to write, e.g. pump.onnx.")
 @click.option("--name", help="Name of the model in the daemon.  [the file's name without .onnx]")
@@ -84,7 +85,10 @@ def export(target: str, out: Path, as_json: bool, **options: Any) -> None:
 def _load(
     target: str, weights: Path | None, example: Any, dtype: str | None, trust_pickle: bool, step: bool
 ) -> tuple[Any, Any]:
-    """The model that was named, and an example for it; for a Keras file its path, as it says itself what it takes."""
+    """The model that was named, and an example for it; for a Keras file its path.
+
+    A Keras model says itself what it takes.
+    """
     from recurd_export import factory as factories
     from recurd_export import sources
 
@@ -92,12 +96,16 @@ def _load(
         if weights is not None:
             raise ExportUsageError(f"{target} brings its own weights; --weights goes with a factory")
         model, given = sources.load_file(Path(target), trust_pickle), None
-        if isinstance(model, Path):
-            if example is not None or dtype is not None:
-                raise ExportUsageError(f"{target} says itself what its input is; leave out --example and --dtype")
-            return model, None
     else:
         model, given = factories.build(target)
+    if isinstance(model, Path) or sources.is_keras(model):
+        if example is not None or dtype is not None:
+            raise ExportUsageError(f"{target} says itself what its input is; leave out --example and --dtype")
+        if weights is not None:
+            from recurd_export.keras.weights import load_weights as load_keras_weights
+
+            load_keras_weights(model, weights)
+        return model, given
     if weights is not None:
         from recurd_export.pytorch.files import load_weights
 

@@ -1,5 +1,7 @@
 """What export raises on purpose."""
 
+from typing import Any
+
 from recurd.errors import ExitCode, StartError
 
 
@@ -13,3 +15,9 @@ class ExportUsageError(ExportError):
     """The command names a factory or a file of weights that is not there."""
 
     exit_code = ExitCode.USAGE
+
+
+def kind(value: Any) -> str:
+    """``an int``: as a refusal names what was given in place of something else."""
+    name = type(value).__name__
+    return f"{'an' if name[:1].lower() in 'aeiou' else 'a'} {name}"

@@ -7,33 +7,43 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recurd_export.errors import ExportError, ExportUsageError
+from recurd_export.errors import ExportError, ExportUsageError, kind
+from recurd_export.keras.load import back_end
 from recurd_export.pytorch.files import make_importable
 from recurd_export.pytorch.layout import check_modules
 from recurd_export.pytorch.watch import first_line, label
+from recurd_export.sources import is_keras
 
 #: Batch and steps of an example nobody gave.
 GUESSED = (2, 16)
 
 
-def build(target: str) -> tuple[nn.Module, Any]:
+def build(target: str) -> tuple[Any, Any]:
     """Call ``package.module:factory`` (also found below the current directory); its model, and its example or ``None``.
 
-    The factory may be a function or class that gives a module, or a module and an example, or be a module itself.
+    The factory may be a function or class that gives a torch module or a Keras model, or a module and an example, or be
+    a model itself.
     Raises :class:`ExportError` when there is no such thing or it raises.
     """
     make_importable(os.getcwd())
-    factory = _find(target)
-    try:
-        built = factory if isinstance(factory, nn.Module) else factory()
-    except Exception as error:  # the factory is the user's code
-        raise ExportError(f"factory '{target}' failed: {type(error).__name__}: {first_line(error)}") from error
+    with back_end():
+        factory = _find(target)
+        try:
+            built = factory if _is_model(factory) else factory()
+        except Exception as error:  # the factory is the user's code
+            raise ExportError(f"factory '{target}' failed: {type(error).__name__}: {first_line(error)}") from error
     model, example = built if isinstance(built, tuple) and len(built) == 2 else (built, None)
-    if not isinstance(model, nn.Module):
+    if not _is_model(model):
         raise ExportError(
-            f"factory '{target}' gives {_article(model)}; it must give a torch.nn.Module, or one and an example"
+            f"factory '{target}' gives {kind(model)}; it must give a torch.nn.Module, or one and an example, or a "
+            f"Keras model"
         )
     return model, example
+
+
+def _is_model(value: Any) -> bool:
+    """Whether it is a torch module or a Keras model."""
+    return isinstance(value, nn.Module) or is_keras(value)
 
 
 def _find(target: str) -> Any:
@@ -58,13 +68,8 @@ def _find(target: str) -> Any:
             raise ExportUsageError(f"module '{module_name}' has no '{path}'")
         found = getattr(found, name)
     if not callable(found):
-        raise ExportUsageError(f"'{target}' is {_article(found)}, not a factory of modules")
+        raise ExportUsageError(f"'{target}' is {kind(found)}, not a factory of modules")
     return found
-
-
-def _article(value: Any) -> str:
-    name = type(value).__name__
-    return f"{'an' if name[:1].lower() in 'aeiou' else 'a'} {name}"
 
 
 def make_example(model: nn.Module, shape: tuple[int, ...] | None, dtype: str | None) -> Tensor:

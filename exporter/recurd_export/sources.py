@@ -6,7 +6,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from recurd_export.errors import ExportError, ExportUsageError
+from recurd_export.errors import ExportError, ExportUsageError, kind
 from recurd_export.pipeline import FrontEnd
 
 KERAS_FILES = frozenset({".keras", ".h5", ".hdf5"})
@@ -26,7 +26,7 @@ def front_end(model: Any, example: Any, *, step: bool = False, trust_pickle: boo
     """
     if isinstance(model, str | PathLike):
         model = load_file(Path(model), trust_pickle)
-    if isinstance(model, Path) or _is_keras(model):
+    if isinstance(model, Path) or is_keras(model):
         return _keras(model, example, step)
     return _torch(model, example, step)
 
@@ -55,8 +55,7 @@ def _torch(model: Any, example: Any, step: bool) -> FrontEnd:
 
     if not isinstance(model, nn.Module):
         raise ExportError(
-            f"there is no way to export a {type(model).__name__}; give a torch.nn.Module, a Keras model, or a file of "
-            f"either"
+            f"there is no way to export {kind(model)}; give a torch.nn.Module, a Keras model, or a file of either"
         )
     from recurd_export import factory
     from recurd_export.pytorch.front import front
@@ -78,7 +77,7 @@ def _keras(model: Any, example: Any, step: bool) -> FrontEnd:
     return front(model)
 
 
-def _is_keras(model: Any) -> bool:
+def is_keras(model: Any) -> bool:
     """Whether it is Keras' own; it is only where somebody has imported keras. (On torch it is an nn.Module too.)"""
     keras = sys.modules.get("keras")
     return keras is not None and isinstance(model, keras.layers.Layer)

@@ -124,6 +124,8 @@ def _exported(module: Any) -> None:
         ),
         (lambda m: Path("net.pt").write_bytes(b"nothing"), ["net.pt"], "net.pt: is not a file of weights"),
         (lambda m: Path("net.pt").write_bytes(b"nothing"), ["net.pt", "--trust-pickle"], "not a file of a torch model"),
+        (lambda m: Path("net.pt").write_bytes(b""), ["net.pt"], "net.pt: is not a file of weights\n"),
+        (lambda m: Path("net.pt").write_bytes(b"h\x65" * 20), ["net.pt"], "net.pt: is not a file of weights\n"),
         (lambda m: None, ["net.pt"], "net.pt: cannot be read: No such file or directory"),
         (lambda m: None, ["net.pt", "--trust-pickle"], "net.pt: cannot be read: No such file or directory"),
         (lambda m: torch.save([1, 2], "net.pt"), ["net.pt", "--trust-pickle"], "holds a list, not a torch.nn.Module"),
@@ -177,9 +179,13 @@ def test_weights_that_are_missing_are_missing_though_others_are_tied(module: Any
         load_weights(module.Tied(), Path("w.safetensors"))
 
 
-@pytest.mark.parametrize("thing", [3, nn.LSTM, {"a": 1}])
-def test_what_is_no_model_is_said(tmp_path: Path, thing: Any) -> None:
-    with pytest.raises(ExportError, match=r"there is no way to export a .*give a torch\.nn\.Module, a Keras model"):
+@pytest.mark.parametrize(
+    ("thing", "kind"), [(3, "an int"), (nn.LSTM, "a type"), ({"a": 1}, "a dict"), (object(), "an object")]
+)
+def test_what_is_no_model_is_said(tmp_path: Path, thing: Any, kind: str) -> None:
+    with pytest.raises(
+        ExportError, match=rf"there is no way to export {kind}; give a torch\.nn\.Module, a Keras model"
+    ):
         recurd_export.export(thing, None, tmp_path / "m.onnx")
 
 

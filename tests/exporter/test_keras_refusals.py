@@ -4,15 +4,17 @@ import json
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import h5py
 import numpy as np
+import onnx
 import pytest
 from click.testing import CliRunner
+from onnx import numpy_helper
 
 import recurd_export
 from recurd.cli import main
@@ -280,6 +282,48 @@ def saved(folder: Path, name: str, *layers: Any) -> Path:
     return folder / name
 
 
+class Scaled(L.Layer):
+    """A layer as many are written: its options are what Keras finds out, its name is not among them."""
+
+    def __init__(self, scale: float, **options: Any) -> None:
+        super().__init__(**options)
+        self.scale = scale
+
+    def call(self, x: Any) -> Any:
+        return x * self.scale
+
+
+class Net(keras.Model):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = L.LSTM(3)
+
+    def call(self, x: Any) -> Any:
+        return self.lstm(x)
+
+
+def subclassed(path: Path) -> Path:
+    model = Net()
+    model(np.zeros((1, 2, 4), np.float32))
+    model.save(path)
+    return path
+
+
+def reconfigured(files: Path, folder: Path, kind: str, other: str) -> Path:
+    """The file with layers of another kind, which have no options."""
+    with zipfile.ZipFile(files / "net.keras") as old, zipfile.ZipFile(folder / "a.keras", "w") as new:
+        for name in old.namelist():
+            data = old.read(name)
+            if name == "config.json":
+                config = json.loads(data)
+                for layer in config["config"]["layers"]:
+                    if layer["class_name"] == kind:
+                        layer |= {"class_name": other, "config": "nothing"}
+                data = json.dumps(config).encode()
+            new.writestr(name, data)
+    return folder / "a.keras"
+
+
 BROKEN: dict[str, tuple[Callable[[Path, Path], Path], str]] = {
     "text": (
         lambda files, tmp: changed(files / "net.h5", tmp / "a.keras", lambda d: d.__setitem__(slice(0, 4), b"text")),
@@ -316,6 +360,22 @@ BROKEN: dict[str, tuple[Callable[[Path, Path], Path], str]] = {
         lambda files, tmp: saved(tmp, "a.h5", L.LSTM(3), Doubled(name="twice")),
         "needs the class 'Doubled' (layer 'twice'), which is not Keras' own and whose code is not in the file",
     ),
+    "a layer in hdf5 that does not say its name": (
+        lambda files, tmp: saved(tmp, "a.h5", L.LSTM(3), Scaled(2.0)),
+        "needs the class 'Scaled', which is not Keras' own and whose code is not in the file",
+    ),
+    "a subclassed model": (
+        lambda files, tmp: subclassed(tmp / "a.keras"),
+        "in the file; load it in Python where that is known and rebuild it of Keras' own layers (keras.Sequential or",
+    ),
+    "a subclassed model in hdf5": (
+        lambda files, tmp: subclassed(tmp / "a.h5"),
+        "needs the class 'Net', which is not Keras' own and whose code is not in the file",
+    ),
+    "a lambda of nothing": (
+        lambda files, tmp: reconfigured(files, tmp, "LSTM", "Lambda"),
+        "layer 'lambda' (Lambda) is code, and code in files is not run",
+    ),
 }
 
 
@@ -328,6 +388,20 @@ def test_a_file_that_cannot_be_loaded_is_refused_in_one_sentence(files: Path, tm
 
     assert sentence.startswith(f"{path}: ")
     assert reason in sentence
+    assert ". " not in sentence.removeprefix(f"{path}")
+
+
+def test_a_file_that_is_not_keras_is_refused_before_keras_is_imported(tmp_path: Path) -> None:
+    (tmp_path / "junk.keras").write_bytes(b"junk" * 20)
+    script = (
+        "import sys\nfrom recurd.cli import main\n"
+        "try:\n    main(['export', 'junk.keras', '-o', 'm.onnx'])\nfinally:\n    assert 'keras' not in sys.modules\n"
+    )
+
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    assert "AssertionError" not in done.stderr
+    assert "junk.keras: is not a Keras file; write one with model.save('model.keras')" in done.stderr
 
 
 def test_a_file_that_is_not_there_is_wrong_usage(tmp_path: Path) -> None:
@@ -400,6 +474,96 @@ def test_the_command_exports_a_file(files: Path, tmp_path: Path) -> None:
 
     assert done.exit_code == 0, done.output
     assert "lstm.h_l0, lstm.c_l0" in done.output
+
+
+# --- factories ---
+
+FACTORIES = """
+import keras
+
+def build(**options):
+    lstm = keras.layers.LSTM(3, return_sequences=True, name="lstm", **options)
+    return keras.Sequential([keras.Input((None, 4)), lstm, keras.layers.Dense(2, name="dense")])
+
+def without_bias():
+    return build(use_bias=False)
+
+def deeper():
+    model = build()
+    model.add(keras.layers.Dense(2, name="last"))
+    return model
+
+def with_example():
+    return build(), [0.0]
+
+class Own(keras.Model):
+    pass
+
+ready = build()
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A current directory with a module of factories that give Keras models, and weights of one."""
+    (tmp_path / "keras_factories.py").write_text(FACTORIES)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    import keras_factories  # type: ignore[import-not-found]
+
+    keras_factories.build().save_weights("w.weights.h5")
+    keras_factories.deeper().save_weights("deeper.weights.h5")
+    keras_factories.build().save("whole.keras")
+    Path("w.bin").write_bytes(Path("w.weights.h5").read_bytes())
+    Path("junk.weights.h5").write_bytes(b"junk" * 20)
+    Path("broken.weights.h5").write_bytes(Path("w.weights.h5").read_bytes()[:99])
+    yield tmp_path
+    del sys.modules["keras_factories"]
+
+
+def test_a_factory_may_give_a_keras_model_and_gets_its_weights(folder: Path) -> None:
+    arguments = ["export", "keras_factories:build", "--weights", "w.weights.h5", "--out", "net.onnx"]
+    done = CliRunner().invoke(main, arguments)
+
+    assert done.exit_code == 0, done.output
+    assert "lstm.h_l0, lstm.c_l0" in done.output
+    with h5py.File("w.weights.h5") as file:
+        dense = np.array(file["layers/dense/vars/0"])
+    written = [numpy_helper.to_array(tensor) for tensor in onnx.load("net.onnx").graph.initializer]
+    assert any(np.array_equal(dense, found) or np.array_equal(dense.T, found) for found in written)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["build", "--example", "2,3,4"], "says itself what its input is; leave out --example and --dtype"),
+        (["ready", "--dtype", "float32"], "says itself what its input is; leave out --example and --dtype"),
+        (["build", "--step"], "a Keras model works on whole sequences; step is for torch modules of one time step"),
+        (["with_example"], "a Keras model says itself what its input is; give no example"),
+        (["Own"], "Own is a subclassed model, whose code cannot be looked into"),
+        (["build", "--weights", "none.weights.h5"], "none.weights.h5: cannot be read: No such file or directory"),
+        (
+            ["build", "--weights", "junk.weights.h5"],
+            "junk.weights.h5: is not a Keras file; write one with model.save_w",
+        ),
+        (["build", "--weights", "broken.weights.h5"], "broken.weights.h5: does not fit model 'sequential"),
+        (["build", "--weights", "whole.keras"], "whole.keras: is not a file of Keras weights; export a whole model"),
+        (["build", "--weights", "w.bin"], "w.bin: is not called as Keras wants it; name it w.weights.h5"),
+        (["build", "--weights", "deeper.weights.h5"], "2 of its tensors have no place in it"),
+        (["deeper", "--weights", "w.weights.h5"], "'last': Layer 'last' expected 2 variables, but received 0"),
+        (["without_bias", "--weights", "w.weights.h5"], "'lstm_cell': Layer 'lstm_cell' expected 2 variables"),
+    ],
+)
+def test_what_does_not_go_with_a_factory_of_keras_models_is_said(
+    folder: Path, arguments: list[str], sentence: str
+) -> None:
+    factory, *options = arguments
+    done = CliRunner().invoke(main, ["export", f"keras_factories:{factory}", *options, "--out", "net.onnx"])
+
+    assert done.exit_code in (2, 70), done.output
+    assert sentence in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not Path("net.onnx").exists()
 
 
 # --- Keras itself ---

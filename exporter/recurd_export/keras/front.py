@@ -35,8 +35,8 @@ def front(source: Any) -> pipeline.FrontEnd:
     """The front end for a model, which is left as it was, or for a ``.keras`` or HDF5 file of one."""
 
     def look(facts: Facts, progress: pipeline.Progress) -> Candidate:
-        import_keras()
         model = load(Path(source)) if isinstance(source, str | Path) else source
+        import_keras()  # as old as it may be, where the model was given
         with torch.no_grad():
             return _candidate(model, facts, progress)
 

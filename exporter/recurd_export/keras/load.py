@@ -1,8 +1,10 @@
 """Keras files, and Keras itself: imported when it is needed, with its torch back end."""
 
+import contextlib
 import importlib.util
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -18,6 +20,8 @@ from recurd_export.errors import ExportError, ExportUsageError
 _HDF5 = b"\x89HDF\r\n\x1a\n"
 #: Arguments that Keras 2 wrote into its files and Keras 3 refuses.
 _KERAS_2_ONLY = ("time_major",)
+#: Of the options of a layer, those that no initializer, regularizer or policy has.
+_OF_LAYERS = ("name", "trainable")
 _MODELS = ("Sequential", "Functional", "Model")
 #: What reading a damaged file raises.
 _DAMAGED = (zipfile.BadZipFile, zlib.error, OSError, ValueError, TypeError, EOFError, RecursionError)
@@ -28,44 +32,56 @@ def import_keras() -> Any:
 
     Raises :class:`ExportError` when there is no Keras, or an old one.
     """
-    wanted = os.environ.get("KERAS_BACKEND")
-    if "keras" not in sys.modules and (not wanted or importlib.util.find_spec(wanted) is None):
-        os.environ["KERAS_BACKEND"] = "torch"
     try:
-        import keras
+        with back_end():
+            import keras
     except ImportError as error:
         raise ExportUsageError(
             f"a Keras model needs Keras 3, and it cannot be imported ({error}); install the extra 'keras'"
         ) from error
-    finally:
-        if wanted is None:
-            os.environ.pop("KERAS_BACKEND", None)
-        else:
-            os.environ["KERAS_BACKEND"] = wanted
     if int(keras.__version__.partition(".")[0]) < 3:
         raise ExportUsageError(f"a Keras model needs Keras 3, and this is Keras {keras.__version__}; install keras>=3")
     return keras
 
 
+@contextlib.contextmanager
+def back_end() -> Iterator[None]:
+    """Keras that is imported inside comes with its torch back end, unless another is asked for and there."""
+    wanted = os.environ.get("KERAS_BACKEND")
+    if "keras" not in sys.modules and (not wanted or importlib.util.find_spec(wanted) is None):
+        os.environ["KERAS_BACKEND"] = "torch"
+    try:
+        yield
+    finally:
+        if wanted is None:
+            os.environ.pop("KERAS_BACKEND", None)
+        else:
+            os.environ["KERAS_BACKEND"] = wanted
+
+
 def load(path: Path) -> Any:
     """The model of a ``.keras`` or HDF5 file; no code in it is run.
 
-    Raises :class:`ExportError` in one sentence for whatever is not such a file.
+    Raises :class:`ExportError` in one sentence for whatever is not such a file, most of it before Keras is imported.
     """
+    if is_hdf5(path, "model.save('model.keras')"):
+        return _load_hdf5(import_keras(), path)
+    return _load_zip(path)
+
+
+def is_hdf5(path: Path, how: str) -> bool:
+    """Whether it is an HDF5 file or else a zip file. Raises :class:`ExportError` for one that is neither."""
     try:
         with path.open("rb") as file:
             start = file.read(len(_HDF5))
     except OSError as error:
         raise ExportUsageError(f"{path}: cannot be read: {error.strerror or error}") from error
-    keras = import_keras()
-    if start == _HDF5:
-        return _load_hdf5(keras, path)
-    if start[:2] == b"PK":
-        return _load_zip(keras, path)
-    raise ExportError(f"{path}: is not a Keras file; write one with model.save('model.keras')")
+    if start != _HDF5 and start[:2] != b"PK":
+        raise ExportError(f"{path}: is not a Keras file; write one with {how}")
+    return start == _HDF5
 
 
-def _load_zip(keras: Any, path: Path) -> Any:
+def _load_zip(path: Path) -> Any:
     try:
         with zipfile.ZipFile(path) as archive:
             config = json.loads(archive.read("config.json"))
@@ -79,6 +95,7 @@ def _load_zip(keras: Any, path: Path) -> Any:
         raise ExportError(f"{path}: is damaged (in {damaged}); copy it again")
     if "model.weights.h5" not in names:
         raise ExportError(f"{path}: has no weights in it (no model.weights.h5); write it with model.save()")
+    keras = import_keras()
     _check_classes(keras, path, config)
 
     def edit(copy: Path) -> None:
@@ -143,10 +160,13 @@ def _check_classes(keras: Any, path: Path, config: Any) -> None:
     """Refuse what only code of the file's author could build, before Keras looks for it."""
     if not isinstance(config, dict):
         raise ExportError(f"{path}: is no file of a Keras model; write one with model.save('model.keras')")
-    for node in _dictionaries(config.get("config")):
+    # The model itself and what it is made of; what it was compiled with is not needed.
+    for node in (config, *_dictionaries(config.get("config"))):
         name, module, registered = (node.get(key) for key in ("class_name", "module", "registered_name"))
+        config_of_node = node.get("config")
+        options: dict[str, Any] = config_of_node if isinstance(config_of_node, dict) else {}
         if name in ("Lambda", "__lambda__"):
-            layer = (node.get("config") or {}).get("name", "lambda")
+            layer = options.get("name", "lambda")
             raise ExportError(
                 f"{path}: layer '{layer}' (Lambda) is code, and code in files is not run; use Keras' own layers for "
                 f"what it does"
@@ -156,7 +176,8 @@ def _check_classes(keras: Any, path: Path, config: Any) -> None:
         elif "registered_name" in node:
             is_own = not isinstance(registered, str)
         else:  # as HDF5 files have it, which say no more than the class of a layer
-            is_own = "name" not in (node.get("config") or {}) or hasattr(keras.layers, str(name)) or name in _MODELS
+            is_layer = node is config or not options.keys().isdisjoint(_OF_LAYERS)
+            is_own = not is_layer or hasattr(keras.layers, str(name)) or name in _MODELS
         if isinstance(name, str) and not is_own:
             raise ExportError(f"{path}: {_of_your_own(node)}")
 
@@ -166,8 +187,9 @@ def _of_your_own(node: dict[str, Any]) -> str:
     layer = f" (layer '{config['name']}')" if isinstance(config, dict) and "name" in config else ""
     what = f"function '{config}'" if name == "function" else f"class '{name}'"
     return (
-        f"needs the {what}{layer}, which is not Keras' own and whose code is not in the "
-        f"file; build the model of Keras' own layers, or write it in torch and export that"
+        f"needs the {what}{layer}, which is not Keras' own and whose code is not in the file; load it in Python where "
+        f"that is known and rebuild it of Keras' own layers (keras.Sequential or the functional API), or write its "
+        f"step in torch and export that"
     )
 
 
@@ -182,6 +204,6 @@ def _dictionaries(value: Any) -> Iterator[dict[str, Any]]:
 
 
 def say(error: BaseException) -> str:
-    """The first line of what Keras says, which may be pages."""
+    """The first sentence of what Keras says, which may be pages."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0].rstrip(".") if lines else type(error).__name__
+    return re.split(r"\.\s+(?=[A-Z])", lines[0])[0].rstrip(".") if lines else type(error).__name__

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recurd_export.errors import ExportError, ExportUsageError
+from recurd_export.errors import ExportError, ExportUsageError, kind
 from recurd_export.pytorch.watch import first_line
 
 #: Where training scripts put the weights, or the model, in a file that holds more.
@@ -64,12 +64,12 @@ def read_module(path: Path, *, trusted: bool) -> nn.Module:
             f"that defines it can be, or save model.state_dict() and name a factory"
         ) from error
     except Exception as error:  # a broken file raises many types, and code in it any
-        raise ExportError(f"{path}: is not a file of a torch model: {first_line(error)}") from error
+        raise ExportError(f"{path}: is not a file of a torch model{_why(error)}") from error
     for key in _MODEL_KEYS:
         if isinstance(loaded, Mapping) and isinstance(loaded.get(key), nn.Module):
             loaded = loaded[key]
     if not isinstance(loaded, nn.Module):
-        raise ExportError(f"{path}: holds {_kind(loaded)}, not a torch.nn.Module")
+        raise ExportError(f"{path}: holds {kind(loaded)}, not a torch.nn.Module")
     return loaded
 
 
@@ -100,7 +100,7 @@ def _read_weights(path: Path, *, whole: bool = False) -> Mapping[str, Any]:
     except pickle.UnpicklingError as error:
         raise _not_weights(path, whole) from error
     except Exception as error:  # both formats raise many types for a broken file
-        raise ExportError(f"{path}: is not a file of weights: {first_line(error)}") from error
+        raise ExportError(f"{path}: is not a file of weights{_why(error)}") from error
     for key in _WEIGHTS_KEYS:
         if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
             loaded = loaded[key]
@@ -111,6 +111,12 @@ def _read_weights(path: Path, *, whole: bool = False) -> Mapping[str, Any]:
 
 def _unreadable(path: Path, error: OSError) -> ExportUsageError:
     return ExportUsageError(f"{path}: cannot be read: {error.strerror or first_line(error)}")
+
+
+def _why(error: Exception) -> str:
+    """What a loader says of a broken file, where it says more than a number or a key it stumbled over."""
+    words = first_line(error) if str(error) else ""
+    return f": {words.rstrip('.')}" if " " in words else ""
 
 
 def _not_weights(path: Path, whole: bool) -> ExportError:
@@ -152,11 +158,6 @@ def _few(word: str, missing: list[str], unexpected: list[str]) -> str:
         if names
     ]
     return "; ".join(parts)
-
-
-def _kind(value: Any) -> str:
-    name = type(value).__name__
-    return f"{'an' if name[:1].lower() in 'aeiou' else 'a'} {name}"
 
 
 def make_importable(folder: str) -> None:
