@@ -119,7 +119,6 @@ CODE = b64encode(marshal.dumps(compile("__import__('os').mkdir('it-ran')", "x", 
     ],
 )
 def test_a_keras_file_runs_nothing_and_is_refused_in_a_sentence(config: str) -> None:
-    pytest.importorskip("keras")
     path = _keras_file(config)
 
     with pytest.raises(ExportError) as refusal:
