@@ -279,8 +279,24 @@ def _check_values(contract: Contract) -> None:
     if contract.input.dtype == "int64" and contract.input.classes is None:
         # The runtime fails on an id the model does not have, and with it every stream of the tick.
         raise ContractError("the input is int64 token ids, and 'classes' does not say how many there are")
+    check_names(contract)
     _check_normalization(contract.input)
     _check_states(contract)
+
+
+def check_names(contract: Contract) -> None:
+    """Names are shown on terminals, in logs and on pages: all of them must be printable, the model's not empty.
+
+    Raises :class:`ContractError`.
+    """
+    if not contract.name:
+        raise ContractError("the model's name is empty")
+    names = [contract.name, contract.version, *contract.input.features, *contract.input.units]
+    names += [name for head in contract.heads for name in (head.name, *head.labels)]
+    names += [state.name for state in contract.states]
+    for name in names:
+        if not name.isprintable():
+            raise ContractError(f"the name {name!a} holds characters that cannot be printed")
 
 
 def _check_normalization(input: Input) -> None:

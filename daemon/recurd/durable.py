@@ -1,5 +1,6 @@
 """Joins engine, models and journal: nothing leaves before it is saved, and a daemon goes on where the last ended."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -130,6 +131,12 @@ class Durable:
             rows = self._models[name].rows(np.array([stream.slot for stream in streams], np.int64))
             states |= zip((stream.handle for stream in streams), rows, strict=True)
         return states
+
+    def look(self, now: float) -> None:
+        """Look, now and then, whether the journal is still where it was: what is saved elsewhere would be lost."""
+        if not self._engine.halted and not self._journal.is_in_place:
+            self._fail(JournalError("the journal's files were deleted or replaced under the running daemon"), now, 0)
+            self._retry_at = math.inf
 
     def due(self) -> list[tuple[bytes, bytes]]:
         """Routing ids and frames that may be sent: what is saved, and refusals while nothing can be."""

@@ -51,6 +51,7 @@ class Journal:
         try:
             check(folder)
             self._env = _open(folder, sync=mode == "power")
+            self._data = os.stat(folder / "data.mdb")
             with self._env.begin(write=True) as transaction:
                 self._meta, self._streams, self._answers = (
                     self._env.open_db(name, txn=transaction) for name in _TABLES
@@ -59,6 +60,16 @@ class Journal:
         except BaseException:
             self._lock.close()
             raise
+
+    @property
+    def is_in_place(self) -> bool:
+        """Whether the files that are written are still those in the folder: nobody has deleted or replaced them."""
+        try:
+            return os.path.samestat(os.fstat(self._lock.fileno()), os.stat(self._folder / "recurd.lock")) and (
+                os.path.samestat(self._data, os.stat(self._folder / "data.mdb"))
+            )
+        except OSError:
+            return False
 
     def close(self) -> None:
         """Sync and let go of the folder."""
@@ -272,7 +283,7 @@ def check(folder: Path) -> None:
     if done.returncode < 0:
         raise JournalError(f"{folder}: the journal is damaged: reading it ends with signal {-done.returncode}")
     if done.returncode:
-        raise JournalError(f"{folder}: {done.stderr.strip().splitlines()[-1]}")
+        raise JournalError(f"{folder}: {done.stderr.strip().splitlines()[-1].removeprefix(f'{folder}: ')}")
 
 
 def _read_through(folder: Path) -> None:

@@ -205,6 +205,8 @@ class Server:
         self._next_beat = now + self._beat_seconds
         self._health.progress(now)
         self._notifier.watchdog()
+        if self._durable is not None:
+            self._durable.look(now)
         if self._stop_at is None:
             self._health.phase = Phase.FULL if self._engine.full else Phase.READY
 

@@ -250,15 +250,19 @@ def replay_golden(model: "Model") -> float | None:
     proof = model.contract.proof
     if proof is None:
         return None
+    check = _golden_check(model, proof)
+    if not check.ok:
+        raise ContractError(f"model '{model.contract.name}' does not give its golden results: {describe(check)}")
+    return check.error
+
+
+def _golden_check(model: "Model", proof: Proof) -> Check:
     try:
-        check = check_golden(model, proof, model.slots)
+        return check_golden(model, proof, model.slots)
     except Exception as error:  # whatever a proof that is not the model's own makes numpy and the runtime raise
         text = str(error).strip().split("\n")[0]
         name = model.contract.name
         raise ContractError(f"the golden run of model '{name}' cannot be replayed: {text or type(error)}") from error
-    if not check.ok:
-        raise ContractError(f"model '{model.contract.name}' does not give its golden results: {describe(check)}")
-    return check.error
 
 
 def is_bit_exact(model: "Model", rows: int) -> bool:
@@ -300,7 +304,7 @@ def verify(path: str | Path, device: str = "cpu", seed: int = 0) -> list[Check]:
     slots = max(len(RAGGED), len(EQUAL))
     model = Model.load(path, device=device, slots=slots)
     proof = model.contract.proof
-    checks = [] if proof is None else [check_golden(model, proof, slots)]
+    checks = [] if proof is None else [_golden_check(model, proof)]
     tolerance = Tolerance() if proof is None else Tolerance(proof.atol, proof.rtol)
     inputs = Inputs.of(model.contract)
     return checks + list(hold_against(model, model, inputs, tolerance, np.random.default_rng(seed)))

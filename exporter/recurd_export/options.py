@@ -25,6 +25,11 @@ class Options:
     #: An HTML page to write.
     page: Path | None = None
 
+    @property
+    def reduced(self) -> bool:
+        """Whether anything is in less than float32."""
+        return self.precision != "float32" or self.states != "float32"
+
 
 def options(
     *, normalize: Any = None, precision: str = "float32", state_precision: str | None = None, page: Path | None = None

@@ -45,9 +45,14 @@ def check_target(path: Path, model: Path) -> None:
 
 
 def write(path: Path, report: Report, model: onnx.ModelProto) -> None:
-    """Render and write. Raises :class:`ExportError`."""
+    """Render and write; a page that was there stays until the new one is whole. Raises :class:`ExportError`."""
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        path.write_text(render(report, model), encoding="utf-8")
+        try:
+            temporary.write_text(render(report, model), encoding="utf-8")
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
     except OSError as error:
         raise ExportError(f"{path}: the report cannot be written: {error.strerror}") from error
 

@@ -14,6 +14,7 @@ import msgspec
 
 from recurd import contract as contracts
 from recurd.contract import Proof
+from recurd.errors import ContractError
 from recurd.model import Model
 from recurd.verify import RAGGED, RTOL, check_golden
 from recurd_export import page
@@ -23,7 +24,7 @@ from recurd_export.facts import Facts
 from recurd_export.normalize import put_in_front
 from recurd_export.options import Options
 from recurd_export.precision import reduce
-from recurd_export.prove import hold, prove
+from recurd_export.prove import check_unreduced, hold, prove
 from recurd_export.publish import check_target, unpublished
 from recurd_export.report import Report
 
@@ -46,8 +47,16 @@ def export(source: FrontEnd, path: Path, facts: Facts, progress: Progress, optio
     options = options or Options()
     if options.page is not None:
         page.check_target(options.page, path)
+    candidate = source(facts, progress)
+    try:
+        contracts.check_names(candidate.contract)
+    except ContractError as error:
+        raise ExportError(str(error)) from error
+    if options.reduced:
+        progress("verify")
+        check_unreduced(candidate)
     # What a client sends is float32 whatever the model computes in, so its normalisation comes last, in front.
-    candidate = put_in_front(reduce(source(facts, progress), options), options.normalize)
+    candidate = put_in_front(reduce(candidate, options), options.normalize)
     contract, proto = candidate.contract, candidate.proto
     contract = msgspec.structs.replace(contract, weights_sha256=contracts.weights_sha256(proto))
     progress("verify")

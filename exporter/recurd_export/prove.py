@@ -49,6 +49,17 @@ class Proven:
     notes: tuple[str, ...]
 
 
+def check_unreduced(candidate: Candidate) -> None:
+    """Hold a candidate in float32 against its source before its precision is reduced: what follows is far less strict.
+
+    Raises :class:`ExportError`.
+    """
+    session, _ = _load(candidate)
+    tolerance = _tolerance(candidate)
+    for check in hold_against(session, candidate.reference, candidate.inputs, tolerance, np.random.default_rng(0)):
+        hold(check)
+
+
 def prove(candidate: Candidate, progress: Callable[[str], None]) -> Proven:
     """Every check of a candidate.
 

@@ -274,7 +274,8 @@ def pump(tmp_path: Path) -> Path:
     graph = onnx.helper.make_graph(
         nodes, "pump", [tensors["input"], lengths, tensors["h"]], [tensors["y"], tensors["h_out"]]
     )
-    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)])
+    opset = onnx.helper.make_opsetid("", 17)
+    model = onnx.helper.make_model(graph, opset_imports=[opset], ir_version=8)
     description = contract.Contract(
         name="pump",
         input=contract.Input(dtype="float32", shape=(1,)),

@@ -530,6 +530,23 @@ def test_a_stream_whose_run_raised_closes_when_that_was_asked_for(daemon: Daemon
     assert len(daemon.engine._streams) == 0
 
 
+@pytest.mark.parametrize("name", ["data.mdb", "recurd.lock"])
+def test_files_that_are_deleted_under_a_running_daemon_halt_it(daemon: Daemon, tmp_path: Path, name: str) -> None:
+    caller = daemon.connect()
+    handle = caller.handle("s")
+    daemon.durable.look(daemon.now)
+    (first,) = caller.run(chunk(handle, 1, draw(1, 3)))
+    (tmp_path / "journal" / name).unlink()
+
+    daemon.durable.look(daemon.now)
+
+    refused = caller.ask(chunk(handle, 2, draw(2, 3), ack=1))
+    assert first.type == Type.RESULT
+    assert refused.code == "busy"
+    assert "deleted or replaced under the running daemon" in refused.body["text"]
+    assert daemon.engine.full
+
+
 # --- a disk that is full ---
 
 

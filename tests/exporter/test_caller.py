@@ -159,8 +159,14 @@ def test_a_file_that_was_there_is_replaced_at_once(tmp_path: Path) -> None:
     assert [entry.name for entry in tmp_path.iterdir()] == ["m.onnx"]
 
 
-def test_a_failed_check_leaves_the_file_that_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A wrong translation to ONNX is found out, told with its numbers, and nothing is written."""
+@pytest.mark.parametrize("precision", ["float32", "float16", "bfloat16-weights"])
+def test_a_failed_check_leaves_the_file_that_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    """A wrong translation to ONNX is found out, told with its numbers, and nothing is written.
+
+    Also where the file is to be in a precision whose own rounding is larger than what is wrong.
+    """
     path = tmp_path / "m.onnx"
     path.write_bytes(b"old")
 
@@ -176,7 +182,7 @@ def test_a_failed_check_leaves_the_file_that_was_there(tmp_path: Path, monkeypat
     monkeypatch.setattr(convert, "to_onnx", spoiled)
 
     with pytest.raises(ExportError, match=r"in the check 'alone' '\S+' is off by 0\.00\d+, at most \S+e-05 is"):
-        recurd_export.export(nn.GRU(3, 4, batch_first=True), torch.zeros(1, 2, 3), path)
+        recurd_export.export(nn.GRU(3, 4, batch_first=True), torch.zeros(1, 2, 3), path, precision=precision)
 
     assert path.read_bytes() == b"old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["m.onnx"]
@@ -223,3 +229,11 @@ def test_progress_names_every_stage_in_order(tmp_path: Path) -> None:
     )
 
     assert told == [stage for stage in pipeline.STAGES if stage != pipeline.LOAD]
+
+
+@pytest.mark.parametrize("facts", [{"name": "pump\n"}, {"version": "\x1b[31m1"}, {"features": ["a", "b\x07", "c"]}])
+def test_names_that_no_terminal_should_be_sent_are_refused(tmp_path: Path, facts: Any) -> None:
+    with pytest.raises(ExportError, match="holds characters that cannot be printed"):
+        recurd_export.export(nn.GRU(3, 4, batch_first=True), torch.zeros(1, 2, 3), tmp_path / "m.onnx", **facts)
+
+    assert list(tmp_path.iterdir()) == []

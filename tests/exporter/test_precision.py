@@ -153,7 +153,7 @@ def test_the_report_tells_of_precision_and_drift(exported: Exported) -> None:
     told = str(exported.report)
 
     assert f"runs in {exported.choice.options.get('precision', 'float32')}, states {exported.choice.states}" in told
-    assert f"drift   over {exported.report.drift.steps:,} steps: largest error" in told
+    assert f"drift   over {exported.report.drift.steps:,} steps: error nearest its bound" in told
     assert exported.report.drift.chunk_steps == (16 if exported.choice.states == "float16" else 100)
 
 

@@ -241,3 +241,21 @@ def test_a_comparison_is_bounded_by_the_largest_value_and_fails_on_nan(
     check = verify.compare("c", {"y": [np.array(expected)]}, {"y": [np.array(got)]}, verify.Tolerance())
 
     assert check.ok is ok
+
+
+@pytest.mark.parametrize(
+    "golden", [{"outputs": {}}, {"states": {}}, {"input": Tensor.of(np.zeros((0, 4, 3), np.float32))}]
+)
+def test_a_golden_run_that_is_not_the_models_own_is_one_sentence(
+    tmp_path: Path, parts: tuple[onnx.ModelProto, contracts.Contract], golden: dict[str, Any]
+) -> None:
+    model, contract = parts
+    assert contract.proof is not None
+    proof = msgspec.structs.replace(contract.proof, golden=msgspec.structs.replace(contract.proof.golden, **golden))
+    path = _save(tmp_path / "m.onnx", model, msgspec.structs.replace(contract, proof=proof))
+
+    done = CliRunner().invoke(main, ["verify", str(path)])
+
+    assert done.exit_code == ExitCode.CONTRACT
+    assert "the golden run of model 'good' cannot be replayed" in done.stderr
+    assert done.stderr.count("\n") == 1

@@ -249,11 +249,14 @@ def test_a_broken_model_is_told(tmp_path: Path) -> None:
     assert "broken.onnx: not a valid ONNX model" in text
 
 
-def test_a_model_that_no_longer_gives_its_golden_results_is_told_with_the_numbers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("flags", [[], ["--check"]])
+def test_a_model_that_no_longer_gives_its_golden_results_is_told_with_the_numbers(
+    tmp_path: Path, flags: list[str]
+) -> None:
     other = Network(seed=8)
     contract = PUMP.contract(PUMP.model())
     path = other.save(tmp_path / "pump.onnx", proof=PUMP.golden(contract))
-    with serve(tmp_path, path) as daemon:
+    with serve(tmp_path, path, *flags) as daemon:
         status, text = refused(daemon)
     assert status == ExitCode.CONTRACT
     assert "is off by" in text

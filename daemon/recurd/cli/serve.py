@@ -50,7 +50,7 @@ def serve(ctx: click.Context, /, check: bool, **flags: Any) -> None:
         names = _check_models(settings)
         click.echo(f"recurd: the configuration is good; it serves {', '.join(names)} at {', '.join(settings.bind)}")
         return
-    from recurd import server  # what 'serve --help' and '--check' do without
+    from recurd import server  # what 'serve --help' does without
 
     ctx.exit(server.serve(settings))
 
@@ -90,13 +90,15 @@ def build_config(
 
 
 def _check_models(settings: config.Config) -> list[str]:
-    """The models' names, after reading every contract. Raises a StartError."""
-    from recurd import contract  # imports onnx
+    """The models' names, after loading every one and replaying its golden run on the CPU. Raises a StartError."""
+    from recurd import verify  # brings onnxruntime
+    from recurd.model import Model
 
     names = []
     for model in settings.models:
-        _, found = contract.load(model.path)
-        name = model.name or found.name
+        found = Model.load(model.path, slots=len(verify.RAGGED), threads=settings.threads)
+        verify.replay_golden(found)
+        name = model.name or found.contract.name
         if name in names:
             raise ConfigError(f"{model.path}: there is a model '{name}' already; give it another name in [[models]]")
         names.append(name)
