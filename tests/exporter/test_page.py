@@ -245,12 +245,29 @@ def test_a_page_that_cannot_be_written_is_refused_at_once(tmp_path: Path, target
 
 
 def test_a_page_that_turns_out_not_to_be_writable_is_said(tmp_path: Path) -> None:
-    (tmp_path / "full").symlink_to("/dev/full")
+    page = tmp_path / "page.html"
 
-    with pytest.raises(ExportError, match="full: the report cannot be written: No space left on device"):
-        recurd_export.export(Net(), torch.zeros(1, 5, 3), tmp_path / "m.onnx", report=tmp_path / "full")
+    def in_its_place(stage: str) -> None:
+        if stage == "write":
+            page.mkdir()
 
-    assert [path.name for path in tmp_path.iterdir()] == ["full"]
+    with pytest.raises(ExportError, match=r"page\.html: the report cannot be written: Is a directory"):
+        recurd_export.export(Net(), torch.zeros(1, 5, 3), tmp_path / "m.onnx", report=page, progress=in_its_place)
+
+    assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
+
+
+def test_a_page_that_was_there_stays_until_the_new_one_is_whole(tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    page.write_text("old")
+
+    def look(stage: str) -> None:
+        assert page.read_text() == "old"
+
+    recurd_export.export(Net(), torch.zeros(1, 5, 3), tmp_path / "m.onnx", report=page, progress=look)
+
+    assert page.read_text().startswith("<!")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m.onnx", "page.html"]
 
 
 def test_the_command_writes_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
