@@ -144,11 +144,13 @@ class Engine:
 
         A client that is refused a record takes it for one that has never been accepted.
         """
+        if header.type not in _RECORDS:
+            return False
         try:
             stream = self._streams.find(header, peer)
         except (Refused, Broken):
             return False
-        return header.type in _RECORDS and 0 < header.seq <= stream.accepted
+        return 0 < header.seq <= stream.accepted
 
     def _on_other(self, header: wire.Header, payload: wire.Buffer, peer: Peer, now: float) -> None:
         if header.type == wire.Type.RESET:

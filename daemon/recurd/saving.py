@@ -53,7 +53,7 @@ class SavedStream(msgspec.Struct, frozen=True, array_like=True):
 
     @classmethod
     def of(cls, stream: Stream, state: bytes | None) -> "SavedStream":
-        """A stream as it stands now; ``state`` is ignored for one that has taken no step since its fresh start."""
+        """A stream as it stands now; ``state`` is ``None`` for one that stands at a fresh start (:func:`is_fresh`)."""
         # Resets that wait in the queue have not happened yet.
         resets = sum(not record.steps for record in stream.queue)
         return cls(
@@ -65,7 +65,7 @@ class SavedStream(msgspec.Struct, frozen=True, array_like=True):
             stream.answered,
             stream.acked,
             stream.idle_timeout,
-            None if is_fresh(stream) else state,
+            state,
         )
 
 

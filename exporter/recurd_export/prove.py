@@ -1,6 +1,7 @@
 """Holds a candidate against its source model, in a plain session and in the daemon's tick, and records the proof."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import msgspec
@@ -54,7 +55,8 @@ def check_unreduced(candidate: Candidate) -> None:
 
     Raises :class:`ExportError`.
     """
-    session, _ = _load(candidate)
+    with _refusing():
+        session = Session(candidate.proto, candidate.contract)
     tolerance = _tolerance(candidate)
     for check in hold_against(session, candidate.reference, candidate.inputs, tolerance, np.random.default_rng(0)):
         hold(check)
@@ -68,7 +70,9 @@ def prove(candidate: Candidate, progress: Callable[[str], None]) -> Proven:
     own = _tolerance(candidate)
     tolerance = Tolerance(own.atol, max(own.rtol, candidate.rounded))
     inputs = candidate.inputs
-    session, tick = _load(candidate)
+    with _refusing():
+        session = Session(candidate.proto, candidate.contract)
+        tick = Model(candidate.proto, candidate.contract, device="cpu", slots=len(RAGGED), threads=1)
     # Of the two runs the worse stands in the report and in the proof.
     checks = [
         max(map(hold, both), key=lambda check: check.error)
@@ -90,11 +94,11 @@ def prove(candidate: Candidate, progress: Callable[[str], None]) -> Proven:
     return Proven(proof, tuple(checks), drift, tuple(notes))
 
 
-def _load(candidate: Candidate) -> tuple[Session, Model]:
-    """The graph in a plain session and as the daemon runs it. Raises :class:`ExportError` when it cannot be run."""
+@contextmanager
+def _refusing() -> Iterator[None]:
+    """Turn what loading a graph that cannot be run raises into an :class:`ExportError`."""
     try:
-        session = Session(candidate.proto, candidate.contract)
-        return session, Model(candidate.proto, candidate.contract, device="cpu", slots=len(RAGGED), threads=1)
+        yield
     except ContractError as error:
         raise ExportError(str(error)) from error
     except Exception as error:  # the runtime raises its own unexported types

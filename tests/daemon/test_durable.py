@@ -550,17 +550,23 @@ def test_files_that_are_deleted_under_a_running_daemon_halt_it(daemon: Daemon, t
 # --- a disk that is full ---
 
 
-def test_while_nothing_can_be_saved_nothing_is_told_and_nothing_is_taken(
-    daemon: Daemon, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    caller = daemon.connect()
-    handle = caller.handle("s")
+@contextlib.contextmanager
+def full_disk(daemon: Daemon) -> Iterator[None]:
+    """Meanwhile every commit fails as on a full disk."""
 
     def fail(*_: Any) -> None:
         raise JournalError("/srv/journal: cannot be written: No space left on device")
 
-    with monkeypatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(daemon.durable._journal, "commit", fail)
+        yield
+
+
+def test_while_nothing_can_be_saved_nothing_is_told_and_nothing_is_taken(daemon: Daemon) -> None:
+    caller = daemon.connect()
+    handle = caller.handle("s")
+
+    with full_disk(daemon):
         assert caller.run(chunk(handle, 1, draw(1, 3))) == []
         refused = caller.ask(chunk(handle, 2, draw(2, 3)))
         also_refused = caller.ask(opening("other"))
@@ -577,17 +583,11 @@ def test_while_nothing_can_be_saved_nothing_is_told_and_nothing_is_taken(
     np.testing.assert_allclose(found, expected(draw(1, 3), draw(2, 3)), rtol=1e-4, atol=1e-5)
 
 
-def test_what_is_sent_again_while_nothing_can_be_saved_is_not_refused(
-    daemon: Daemon, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_sent_again_while_nothing_can_be_saved_is_not_refused(daemon: Daemon) -> None:
     caller = daemon.connect()
     handle = caller.handle("s")
 
-    def fail(*_: Any) -> None:
-        raise JournalError("/srv/journal: cannot be written: No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(daemon.durable._journal, "commit", fail)
+    with full_disk(daemon):
         first = caller.run(chunk(handle, 1, draw(1, 3)))
         again = caller.run(chunk(handle, 1, draw(1, 3)))
     daemon.now += RETRY_SECONDS
