@@ -211,9 +211,10 @@ class Fuzz:
         self._bugs: list[dict[str, Any]] = []
         self._engine = Engine(
             self._config,
-            {self._name: (model.contract, model.slots)},
+            {self._name: model},
             identity=Identity(bytes(range(8)), {}),
             stats=self._stats,
+            clock=lambda: self._now,
             log=structlog.wrap_logger(
                 None, processors=[self._note], wrapper_class=structlog.make_filtering_bound_logger(40)
             ),

@@ -5,12 +5,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from recurd.config import Config
 from recurd.engine import Engine
 from recurd.errors import JournalError
 from recurd.journal import Journal
+from recurd.lane import Lane
 from recurd.model import Model
 from recurd.saving import Saving, is_fresh
 from recurd.stats import Stats
@@ -21,8 +20,6 @@ if TYPE_CHECKING:
 
 #: How long to wait before a commit that failed is tried again.
 RETRY_SECONDS = 1.0
-#: Rows of states that are put on the device at once when streams are restored.
-_RESTORE_ROWS = 1024
 
 
 class Durable:
@@ -39,7 +36,6 @@ class Durable:
     ) -> None:
         """Open the journal of a ``settings.durability`` that is not off. Raises :class:`JournalError`."""
         self._engine = engine
-        self._models = models
         self._stats = stats
         self._log = log
         durability = settings.durability
@@ -52,6 +48,7 @@ class Durable:
         except BaseException:
             self._journal.close()
             raise
+        engine.keep_in(self._journal)
         self._held: list[tuple[bytes, bytes]] = []
         self._retry_at = 0.0
 
@@ -60,39 +57,15 @@ class Durable:
         self._journal.close()
 
     def restore(self, now: float) -> int:
-        """Give the engine and the devices all streams of the journal; how many there were.
+        """Give the engine all streams of the journal; how many there were.
 
-        Raises :class:`JournalError` for a damaged one, and for more streams than there are slots.
+        Raises :class:`JournalError` for a damaged one.
         """
         count = 0
-        waiting: dict[str, list[tuple[int, bytes]]] = {name: [] for name in self._models}
         for handle, saved, answers in self._journal.load():
-            slot = self._engine.restore(handle, saved, answers, now)
+            self._engine.restore(handle, saved, answers, now)
             count += 1
-            if saved.state is not None:
-                rows = waiting[saved.model]
-                rows.append((slot, saved.state))
-                if len(rows) == _RESTORE_ROWS:
-                    self._write(saved.model, rows)
-        for name, rows in waiting.items():
-            self._write(name, rows)
         return count
-
-    def _write(self, name: str, rows: list[tuple[int, bytes]]) -> None:
-        if rows:
-            slots = np.array([slot for slot, _ in rows], np.int64)
-            self._models[name].write_rows(slots, [row for _, row in rows])
-            rows.clear()
-
-    def put_back(self, streams: list[Stream]) -> None:
-        """Give streams, none of them fresh, the state that was saved last, after a run that raised."""
-        waiting: dict[str, list[tuple[int, bytes]]] = {}
-        for stream in streams:
-            state = self._journal.state(stream.handle)
-            assert state is not None  # a stream that is not fresh was saved with its state
-            waiting.setdefault(stream.lane.name, []).append((stream.slot, state))
-        for name, rows in waiting.items():
-            self._write(name, rows)
 
     def commit(self, now: float) -> bool:
         """Save what changed since the last commit; whether there was something and it worked.
@@ -103,7 +76,7 @@ class Durable:
         if saving is None or now < self._retry_at:
             return False
         try:
-            self._journal.commit(saving, self._states(saving))
+            self._journal.commit(saving, _states(saving))
         except JournalError as error:
             self._fail(error, now, len(saving.streams))
             return False
@@ -120,18 +93,6 @@ class Durable:
             self._held = self._engine.replies_to_send()
         self._engine.halt(str(error))
 
-    def _states(self, saving: Saving) -> dict[int, bytes]:
-        """The states of streams that are to be saved, by handle; nothing for those that start fresh."""
-        by_model: dict[str, list[Stream]] = {}
-        for stream in saving.streams:
-            if not is_fresh(stream):
-                by_model.setdefault(stream.lane.name, []).append(stream)
-        states: dict[int, bytes] = {}
-        for name, streams in by_model.items():
-            rows = self._models[name].rows(np.array([stream.slot for stream in streams], np.int64))
-            states |= zip((stream.handle for stream in streams), rows, strict=True)
-        return states
-
     def look(self, now: float) -> None:
         """Look, now and then, whether the journal is still where it was: what is saved elsewhere would be lost."""
         if not self._engine.halted and not self._journal.is_in_place:
@@ -144,3 +105,15 @@ class Durable:
         if self._held and not self._engine.halted:
             frames, self._held = self._held + frames, []
         return frames
+
+
+def _states(saving: Saving) -> dict[int, bytes]:
+    """The states of streams that are to be saved, by handle; nothing for those that start fresh."""
+    by_lane: dict[Lane, list[Stream]] = {}
+    for stream in saving.streams:
+        if not is_fresh(stream):
+            by_lane.setdefault(stream.lane, []).append(stream)
+    states: dict[int, bytes] = {}
+    for lane, streams in by_lane.items():
+        states |= zip((stream.handle for stream in streams), lane.slots.states(streams), strict=True)
+    return states

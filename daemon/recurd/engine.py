@@ -14,15 +14,15 @@ lane is taken.
 """
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from recurd import wire
+from recurd.arena import Device, Store
 from recurd.config import Config
-from recurd.contract import Contract
 from recurd.errors import Broken, Code, Refused
 from recurd.lane import Lane, Room
 from recurd.lifecycle import Identity, Lifecycle, header_of
@@ -30,7 +30,7 @@ from recurd.peers import Outbox, Peer, Peers
 from recurd.saving import SavedAnswer, SavedStream, Saving, Unsaved
 from recurd.scheduler import Row, Tick, assemble
 from recurd.stats import ModelStats, Stats
-from recurd.streams import NO_SLOT, Chunk, Stream, Streams
+from recurd.streams import Chunk, Stream, Streams
 
 if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
@@ -50,13 +50,14 @@ class Engine:
     def __init__(
         self,
         config: Config,
-        models: Mapping[str, tuple[Contract, int]],
+        models: Mapping[str, Device],
         *,
         identity: Identity,
         stats: Stats,
+        clock: Callable[[], float],
         log: "FilteringBoundLogger",
     ) -> None:
-        """``models``: contract and number of slots by the name clients use."""
+        """``models`` by the name clients use; ``clock`` only measures how long something took."""
         limits = config.limits
         self._stats = stats
         self._log = log
@@ -65,8 +66,10 @@ class Engine:
         self._max_streams = limits.streams
         self._room = Room(limits)
         self._lanes = {
-            name: Lane(name, contract, slots, config=config, stats=stats.add_model(name, slots), room=self._room)
-            for name, (contract, slots) in models.items()
+            name: Lane(
+                name, model, config=config, stats=stats.add_model(name, model.slots), room=self._room, clock=clock
+            )
+            for name, model in models.items()
         }
         # Handles of another start of the daemon must not be taken for this one's, hence the random high bits.
         first_handle = (int.from_bytes(identity.epoch[:3], "little") << _HANDLE_BITS) + 1
@@ -219,6 +222,7 @@ class Engine:
 
     def _take(self, lane: Lane, now: float) -> Tick:
         rows = lane.scheduler.take()
+        lane.slots.admit([row.stream for row in rows])
         arrived = []
         for row in rows:
             row.stream.running = True
@@ -227,12 +231,14 @@ class Engine:
                     arrived.append(chunk.arrived)
         lane.busy = True
         lane.stats.queue_seconds.observe_many(now - np.array(arrived))
-        return assemble(lane.name, lane.contract, rows, now)
+        tick = assemble(lane.name, lane.contract, rows, now)
+        lane.slots.used(tick.slots)
+        return tick
 
-    def complete(self, tick: Tick, outputs: list[npt.NDArray[Any]], now: float) -> list[Stream]:
+    def complete(self, tick: Tick, outputs: list[npt.NDArray[Any]], now: float) -> None:
         """Take a tick's outputs (heads in the contract's order): answer what is done, put what is not back in line.
 
-        A stream that gets NaN or infinity is given up, it alone; those returned are as of :meth:`fail`.
+        A stream that gets NaN or infinity is given up, it alone, as by :meth:`fail`.
         """
         lane = self._lanes[tick.model]
         lane.busy = False
@@ -243,7 +249,7 @@ class Engine:
         for index, row in enumerate(tick.rows):
             stream = row.stream
             stream.running = False
-            if stream.slot == NO_SLOT or index in spoiled:
+            if stream.ended or index in spoiled:
                 continue
             stream.untouched = False
             start = 0
@@ -257,14 +263,13 @@ class Engine:
                     finished.append(chunk.arrived)
             self._settle(stream)
         _count_tick(lane.stats, tick, finished, now)
-        return self._give_up([tick.rows[index] for index in spoiled], Code.POISONED) if spoiled else []
+        self._give_up([tick.rows[index] for index in spoiled], Code.POISONED)
 
-    def fail(self, tick: Tick, error: Exception, now: float) -> list[Stream]:
+    def fail(self, tick: Tick, error: Exception, now: float) -> None:
         """A tick's run raised, and what became of its rows is not known.
 
         Streams that are durable go back to where their last answered record left them, and their chunks are refused
-        (``run_failed``); those returned must have their rows put back from the journal before the next tick. Others end
-        as ``failed``, exactly those in this tick.
+        (``run_failed``). Others end as ``failed``, exactly those in this tick.
         """
         lane = self._lanes[tick.model]
         lane.busy = False
@@ -272,22 +277,23 @@ class Engine:
         self._log.error("tick_failed", model=lane.name, rows=len(tick.rows), exc_info=error)
         for row in tick.rows:
             row.stream.running = False
-        return self._give_up(tick.rows, Code.FAILED)
+        self._give_up(tick.rows, Code.FAILED)
 
-    def _give_up(self, rows: list[Row], code: Code) -> list[Stream]:
+    def _give_up(self, rows: list[Row], code: Code) -> None:
         """See :meth:`fail`."""
-        living = [row for row in rows if row.stream.slot != NO_SLOT]
-        for row in living:
+        for row in rows:
+            if row.stream.ended:
+                continue
             if self._unsaved.durable:
                 self._take_back(row.stream, len(row.parts), code)
             else:
                 self._lifecycle.end(row.stream, code, code.word)
-        return [row.stream for row in living if self._unsaved.durable and not row.stream.fresh]
 
     def _take_back(self, stream: Stream, parts: int, code: Code) -> None:
         """Refuse a stream's records that are not answered: so many as were run, and what was sent behind them."""
-        # Whether the state that was saved last is that of a fresh start.
+        # Whether the state that was saved last, which is taken from the journal again, is that of a fresh start.
         stream.fresh = stream.untouched = stream.untouched or stream.queue[0].fresh
+        stream.lane.slots.drop(stream)
         queued, stream.queue = stream.queue, []
         stream.lane.leave(len(queued), sum(chunk.data.nbytes for chunk in queued))
         stream.accepted = stream.answered
@@ -352,12 +358,14 @@ class Engine:
 
     # --- durability ---
 
-    def restore(self, handle: int, saved: SavedStream, answers: list[SavedAnswer], now: float) -> int:
-        """Go on with a stream out of the journal, before anything is received; the slot its state belongs into.
+    def keep_in(self, store: Store) -> None:
+        """Tell where durable streams stand: states that were saved need not be kept in memory."""
+        for lane in self._lanes.values():
+            lane.slots.store = store
 
-        Raises :class:`~recurd.errors.JournalError` when its model has no slot left.
-        """
-        return self._lifecycle.restore(handle, saved, answers, now)
+    def restore(self, handle: int, saved: SavedStream, answers: list[SavedAnswer], now: float) -> None:
+        """Go on with a stream out of the journal, before anything is received. Its state stays there until it runs."""
+        self._lifecycle.restore(handle, saved, answers, now)
 
     def to_save(self) -> Saving | None:
         """What changed since the last :meth:`saved`; nothing that was put out may be sent before it is saved."""
@@ -411,7 +419,7 @@ class Engine:
             self._halted is not None
             or self._room.full
             or len(self._streams) >= self._max_streams
-            or all(len(lane.slots) == lane.slots.count for lane in self._lanes.values())
+            or all(lane.full for lane in self._lanes.values())
         )
 
 

@@ -141,11 +141,20 @@ class Journal:
                 retained = [answer for answer in answers.get(handle, []) if stream.acked < answer[0] <= stream.seq]
                 yield handle, stream, retained
 
-    def state(self, handle: int) -> bytes | None:
-        """A stream's state as it was saved last; ``None`` for a fresh start. Raises :class:`JournalError`."""
+    def states(self, handles: list[int]) -> list[bytes]:
+        """The states of streams as they were saved last, none of them at a fresh start.
+
+        Raises :class:`JournalError` where one cannot be read.
+        """
+        states = []
         with self._env.begin() as transaction:
-            value = transaction.get(_HANDLE.pack(handle), db=self._streams)
-            return msgspec.msgpack.decode(_unpack(value, f"stream {handle}"), type=SavedStream).state
+            for handle in handles:
+                value = _unpack(transaction.get(_HANDLE.pack(handle), db=self._streams), f"stream {handle}")
+                state = msgspec.msgpack.decode(value, type=SavedStream).state
+                if state is None:
+                    raise JournalError(f"the journal is damaged: stream {handle} has no state")
+                states.append(state)
+        return states
 
     def _read_streams(self, transaction: Any) -> Iterator[tuple[int, SavedStream]]:
         for key, value in transaction.cursor(db=self._streams):

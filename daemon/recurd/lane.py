@@ -1,12 +1,13 @@
 """A lane: one model on one device, as the engine sees it, with its line of streams, its slots and its numbers."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from recurd import wire
-from recurd.arena import Slots
+from recurd.arena import Device, Slots
 from recurd.config import Config, Limits
 from recurd.contract import Contract
 from recurd.errors import Code, Refused
@@ -47,15 +48,27 @@ class Lane:
     """Owned by the engine. A stream lives on one lane; ticks of a lane never overlap."""
 
     def __init__(
-        self, name: str, contract: Contract, slots: int, *, config: Config, stats: ModelStats, room: Room
+        self,
+        name: str,
+        device: Device,
+        *,
+        config: Config,
+        stats: ModelStats,
+        room: Room,
+        clock: Callable[[], float],
     ) -> None:
+        contract = device.contract
         self.name = name
         self.contract = contract
-        self.slots = Slots(slots)
+        self.slots = Slots(device, stats, clock)
+        #: Streams of the model, and how many there may be: as many as have room for their states. None is waited for
+        #: in memory where there is a journal.
+        self.streams = 0
+        self._max_streams = device.slots + config.limits.host_state_bytes // device.row_bytes
         self.stats = stats
         self.scheduler = Scheduler(
             contract,
-            max_rows=min(config.tick.rows, slots),
+            max_rows=min(config.tick.rows, device.slots),
             max_steps=config.tick.steps,
             padding_ratio=config.tick.padding_ratio,
         )
@@ -74,6 +87,11 @@ class Lane:
         self.result_width = sum(head.width for head in contract.heads)
         self._is_finite = _gives_finite(contract)
         self._heads = [(head.per == "step", head.width * np.dtype(head.dtype).itemsize) for head in contract.heads]
+
+    @property
+    def full(self) -> bool:
+        """There is no room for the state of another stream."""
+        return self.slots.store is None and self.streams >= self._max_streams
 
     def enter(self, chunk: Chunk, is_first: bool) -> None:
         """Count a chunk that is about to be queued. Raises :class:`Refused` (``busy``) when there is no room.

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import recurd
 from recurd import wire
 from recurd.config import Config
-from recurd.errors import Broken, Code, JournalError, Refused
+from recurd.errors import Broken, Code, Refused
 from recurd.lane import Lane
 from recurd.peers import Outbox, Peer, Peers
 from recurd.saving import SavedAnswer, SavedStream, Unsaved, answer
 from recurd.stats import Stats
-from recurd.streams import NO_SLOT, Chunk, Stream, Streams
+from recurd.streams import Chunk, Stream, Streams
 
 if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
@@ -207,41 +207,32 @@ class Lifecycle:
     def _start(self, request: wire.Open, lane: Lane, peer: Peer, now: float) -> Stream:
         if self._streams.count(peer.tenant) >= self._limits.streams:
             raise Refused(Code.TOO_MANY_STREAMS, f"{self._limits.streams} streams are open, the most there may be")
-        slot = lane.slots.allocate()
-        if slot is None:
-            text = f"all {lane.slots.count} slots of model '{lane.name}' are taken"
-            raise Refused(Code.NO_SLOTS, f"{text}: close streams, shorten the idle time-out or raise slots")
+        if lane.full:
+            text = f"there is no room for the states of more than {lane.streams} streams of model '{lane.name}'"
+            raise Refused(Code.NO_SLOTS, f"{text}: close streams, shorten the idle time-out or raise host_state_bytes")
         ending = self._streams.ending(peer.tenant, request.stream)
         stream = self._streams.add(
             tenant=peer.tenant,
             name=request.stream,
             lane=lane,
-            slot=slot,
             generation=1 if ending is None else ending.generation + 1,
             idle_timeout=request.idle_timeout_seconds or self._timeouts.stream_idle_seconds,
             now=now,
         )
         self._unsaved.note(stream)
-        lane.stats.slots_used = len(lane.slots)
+        lane.streams += 1
         self._stats.streams_opened += 1
         self._stats.streams["detached"] += 1
         self._log.debug("stream_opened", stream=stream.name, model=lane.name, generation=stream.generation)
         return stream
 
-    def restore(self, handle: int, saved: SavedStream, answers: list[SavedAnswer], now: float) -> int:
+    def restore(self, handle: int, saved: SavedStream, answers: list[SavedAnswer], now: float) -> None:
         """See :meth:`recurd.engine.Engine.restore`."""
         lane = self._lanes[saved.model]
-        slot = lane.slots.allocate()
-        if slot is None:
-            raise JournalError(
-                f"the journal holds more streams of model '{lane.name}' than it has slots ({lane.slots.count}); raise "
-                f"slots"
-            )
         stream = self._streams.add(
             tenant=saved.tenant,
             name=saved.name,
             lane=lane,
-            slot=slot,
             generation=saved.generation,
             idle_timeout=saved.idle_timeout,
             now=now,
@@ -253,9 +244,8 @@ class Lifecycle:
         stream.fresh = stream.untouched = saved.state is None
         stream.answers = [answer(one) for one in answers]
         lane.retain(sum(len(payload) for _, _, (_, payload) in stream.answers))
-        lane.stats.slots_used = len(lane.slots)
+        lane.streams += 1
         self._stats.streams["detached"] += 1
-        return slot
 
     def _attach(self, stream: Stream, peer: Peer) -> None:
         if stream.peer is None:
@@ -308,7 +298,7 @@ class Lifecycle:
         """Forget a stream. What is still queued is answered with how it ended; its slot is free at once.
 
         A tick that still holds a row of it does no harm: ticks of a lane follow one another, and whoever gets the slot
-        starts fresh.
+        brings a state or starts fresh.
         """
         lane = stream.lane
         ended = self._streams.end(stream, code)
@@ -322,9 +312,8 @@ class Lifecycle:
         self._answer_close(stream, ended.error())
         if not stream.running:
             lane.scheduler.remove(stream)
-        lane.slots.free(stream.slot)
-        stream.slot = NO_SLOT
-        lane.stats.slots_used = len(lane.slots)
+        lane.slots.drop(stream)
+        lane.streams -= 1
         if stream.peer is not None:
             stream.peer.handles.discard(stream.handle)
         self._stats.streams["detached" if stream.peer is None else "attached"] -= 1

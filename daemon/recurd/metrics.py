@@ -32,12 +32,15 @@ MODEL_COUNTERS: tuple[Row, ...] = (
     ("steps_processed", "Time steps that were run, without padding.", "steps_processed"),
     ("steps_padded", "Time steps that were run only to square up ragged rows.", "padded_steps"),
     ("resets", "Resets that were carried out.", "resets"),
+    ("streams_paged_out", "Streams whose slot was given to others; their states wait elsewhere.", "paged_out"),
+    ("streams_paged_in", "Streams whose state came back onto the device for a tick.", "paged_in"),
     ("ticks", "Runs of the model.", "ticks"),
     ("ticks_failed", "Runs of the model that raised; their streams are lost.", "ticks_failed"),
 )
 MODEL_HISTOGRAMS: tuple[Row, ...] = (
     ("tick_rows", "Streams in one run of the model.", "rows"),
     ("queue_seconds", "From a chunk's arrival to the start of its first tick.", "queue_seconds"),
+    ("page_in_seconds", "Bringing back the states that one tick needs.", "page_in_seconds"),
     ("run_seconds", "One run of the model.", "run_seconds"),
     ("request_seconds", "From a chunk's arrival to its result.", "request_seconds"),
 )
@@ -125,7 +128,8 @@ class Collector(PrometheusCollector):
         text = "Messages that could not be sent: the connection's queue was full (again) or gone (unreachable)."
         yield _counter("recurd_send_failures", text, "reason", stats.send_failures)
         yield _gauge("recurd_streams", "Known streams, with a connection or without.", "state", stats.streams)
-        yield _gauge("recurd_state_bytes", "Memory for the streams' state.", "where", stats.state_bytes)
+        states = {"device": stats.state_bytes, "host": sum(model.host_bytes for model in list(stats.models.values()))}
+        yield _gauge("recurd_state_bytes", "Memory for the streams' states.", "where", states)
         yield GaugeMetricFamily("recurd_peers", "Connections that said HELLO.", value=stats.peers)
         text = "One commit to the journal, of all that a round of the loop changed."
         commits = stats.commit_seconds

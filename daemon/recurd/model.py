@@ -136,7 +136,12 @@ class Model:
     @property
     def state_bytes(self) -> int:
         """Bytes all arenas take on the device."""
-        return sum(self.slots * arena.width * np.dtype(arena.dtype).itemsize for arena, _ in self._arenas)
+        return self.slots * self.row_bytes
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one stream's state."""
+        return sum(arena.width * np.dtype(arena.dtype).itemsize for arena, _ in self._arenas)
 
     def run(self, slots: Array, fresh: Array, lengths: Array, input: Array) -> list[Array]:
         """One tick: advance the state of every slot by its row's steps, in place.

@@ -66,14 +66,15 @@ class Server:
         self._models, bit_exact = _load_models(settings, device, log)
         for name, model in self._models.items():
             labels[name] = ModelLabels(model.contract.version, model.device, model.contract.weights_sha256[:12])
-        stats.state_bytes["device"] = sum(model.state_bytes for model in self._models.values())
+        stats.state_bytes = sum(model.state_bytes for model in self._models.values())
         self._engine = Engine(
             settings,
-            {name: (model.contract, model.slots) for name, model in self._models.items()},
+            self._models,
             identity=Identity(
                 os.urandom(8), {"wanted": settings.device, "used": device, "fallback": fallback}, bit_exact
             ),
             stats=stats,
+            clock=time.monotonic,
             log=log,
         )
         self._stats = stats
@@ -165,11 +166,9 @@ class Server:
         try:
             outputs = model.run(tick.slots, tick.fresh, tick.lengths, tick.input)
         except Exception as error:  # whatever the runtime raises, nobody but this tick's streams is told so
-            given_up = self._engine.fail(tick, error, time.monotonic())
+            self._engine.fail(tick, error, time.monotonic())
         else:
-            given_up = self._engine.complete(tick, outputs, time.monotonic())
-        if self._durable is not None and given_up:
-            self._durable.put_back(given_up)
+            self._engine.complete(tick, outputs, time.monotonic())
 
     def _commit(self) -> None:
         """Where streams are durable, what changed is saved before anything is sent."""

@@ -72,16 +72,23 @@ class ModelStats:
         self.ticks_failed = 0
         #: Steps the model ran only to square up ragged rows.
         self.padded_steps = 0
+        #: Streams whose slot was given to others, and whose state came back onto the device.
+        self.paged_out = 0
+        self.paged_in = 0
         # gauges
         self.queued_chunks = 0
         self.slots = slots
         self.slots_used = 0
+        #: Of states in the host's memory: streams that have no slot at present.
+        self.host_bytes = 0
         # histograms
         self.rows = Histogram(ROW_BOUNDS)
         #: From a chunk's arrival to the start of its first tick.
         self.queue_seconds = Histogram(LATENCY_BOUNDS)
         #: One tick's run of the model.
         self.run_seconds = Histogram(LATENCY_BOUNDS)
+        #: Bringing back the states of all streams of one tick that had no slot.
+        self.page_in_seconds = Histogram(LATENCY_BOUNDS)
         #: From a chunk's arrival to its result being ready to send.
         self.request_seconds = Histogram(LATENCY_BOUNDS)
 
@@ -112,7 +119,8 @@ class Stats:
         # gauges
         self.streams = {"attached": 0, "detached": 0}
         self.peers = 0
-        self.state_bytes = {"device": 0, "host": 0}
+        #: Of the arenas, on the device.
+        self.state_bytes = 0
 
     def add_model(self, name: str, slots: int) -> ModelStats:
         """Start counting for a model; returns what its owner adds to."""

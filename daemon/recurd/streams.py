@@ -1,6 +1,6 @@
 """Who may enter: every stream's bookkeeping, and the rules of order (docs/protocol.md, section 4).
 
-A stream is created by OPEN, has one slot and one state, is attached to at most one peer, and ends by CLOSE, idle
+A stream is created by OPEN, has one state, is attached to at most one peer, and ends by CLOSE, idle
 time-out or failure. How it ended is remembered for a while, so that a late record is told why instead of "unknown".
 """
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from recurd.lane import Lane
     from recurd.peers import Peer
 
-#: Slot of a stream that has ended.
+#: Slot of a stream that has none: its state is elsewhere (recurd.arena), or there is none.
 NO_SLOT = -1
 _NO_DATA = np.zeros(0)
 #: Ended streams that may stand in the order of expiry besides as many as live, before they are swept out of it.
@@ -61,6 +61,7 @@ class Stream:
         "answered",
         "answers",
         "closing",
+        "ended",
         "first_generation",
         "forgotten",
         "fresh",
@@ -75,18 +76,22 @@ class Stream:
         "running",
         "saved",
         "slot",
+        "state",
         "tenant",
         "untouched",
     )
 
     def __init__(
-        self, *, tenant: str, name: str, handle: int, lane: "Lane", slot: int, generation: int, idle_timeout: float
+        self, *, tenant: str, name: str, handle: int, lane: "Lane", generation: int, idle_timeout: float
     ) -> None:
         self.tenant = tenant
         self.name = name
         self.handle = handle
         self.lane = lane
-        self.slot = slot
+        # Where its state is: recurd.arena's.
+        self.slot = NO_SLOT
+        self.state: bytes | None = None
+        self.ended = False
         self.idle_timeout = idle_timeout
         # Order. seq of the record last accepted, last answered, and last acknowledged by the client.
         self.accepted = 0
@@ -251,13 +256,12 @@ class Streams:
         tenant: str,
         name: str,
         lane: "Lane",
-        slot: int,
         generation: int,
         idle_timeout: float,
         now: float,
         handle: int | None = None,
     ) -> Stream:
-        """Start a stream in a slot, with the next free handle or its former one; the tenant has none of this name."""
+        """Start a stream, with the next free handle or its former one; the tenant has none of this name."""
         if handle is None:
             while self._next_handle in self._by_handle:  # a former daemon's may lie in its way
                 self._next_handle += 1
@@ -267,7 +271,6 @@ class Streams:
             name=name,
             handle=handle,
             lane=lane,
-            slot=slot,
             generation=generation,
             idle_timeout=idle_timeout,
         )
@@ -287,6 +290,7 @@ class Streams:
 
     def end(self, stream: Stream, code: Code) -> Ended:
         """Forget a stream and remember how it ended. Its slot and its queue are the caller's."""
+        stream.ended = True
         key = (stream.tenant, stream.name)
         del self._by_handle[stream.handle], self._by_name[key]
         left = self._per_tenant[stream.tenant] - 1

@@ -128,9 +128,7 @@ def test_a_plan_that_does_not_fit_the_daemon_is_refused_in_one_sentence(daemon: 
         run(plan(daemon, model=None))
     with pytest.raises(Refused, match="at most 4096 steps"):
         run(plan(daemon, chunk_steps=5000))
-    with pytest.raises(Refused, match="no_slots"):
-        run(plan(daemon, streams=500))
-    assert run(plan(daemon, streams=50)).clean  # what was opened before the refusal is closed again
+    assert run(plan(daemon, streams=500)).clean  # more than there are slots
 
 
 @pytest.fixture

@@ -337,17 +337,27 @@ def test_a_folder_belongs_to_one_daemon(daemon: Daemon, model: Model, tmp_path: 
         Daemon(tmp_path, model)
 
 
-def test_more_streams_than_slots_are_not_dropped(model: Model, tmp_path: Path) -> None:
+def test_more_streams_than_slots_are_gone_on_with(model: Model, tmp_path: Path) -> None:
+    names, before, after = "abcdefghi", {}, {}
     with Daemon(tmp_path, model) as first:
         caller = first.connect()
-        for name in "abcd":
-            caller.handle(name)
-    small = load(PUMP, tmp_path, slots=3)
+        handles = {name: caller.handle(name) for name in names}
+        for index, name in enumerate(names):
+            (before[name],) = caller.run(chunk(handles[name], 1, draw(index, 4)))
+        assert first.stats.models["pump"].paged_out == len(names) - 4
+        assert not first.stats.models["pump"].host_bytes  # the journal has them
+    with Daemon(tmp_path, load(PUMP, tmp_path, slots=2)) as second:
+        caller = second.connect()
+        assert second.restored == len(names)
+        for name in names:
+            caller.open(name, mode="resume")
+        answers = caller.run(*[chunk(handles[name], 2, draw(9, 3), ack=1) for name in names])
+        after = {answer.header.handle: answer for answer in answers}
+        assert second.stats.models["pump"].paged_in == len(names)
 
-    with pytest.raises(JournalError, match=r"more streams of model 'pump' than it has slots \(3\); raise slots"):
-        Daemon(tmp_path, small)
-    with Daemon(tmp_path, model) as second:
-        assert second.restored == 4
+    for index, name in enumerate(names):
+        whole = np.concatenate([before[name].output, after[handles[name]].output])
+        np.testing.assert_allclose(whole, expected(draw(index, 4), draw(9, 3)), rtol=1e-4, atol=1e-5)
 
 
 def test_streams_of_other_weights_are_gone_on_with_only_when_that_is_said(model: Model, tmp_path: Path) -> None:
@@ -480,7 +490,7 @@ def fail_next(daemon: Daemon) -> int:
     assert tick is not None
     spoiled = {name: np.full_like(rows, 7) for name, rows in daemon.models["pump"].read(tick.slots).items()}
     daemon.models["pump"].write(tick.slots, spoiled)
-    daemon.durable.put_back(daemon.engine.fail(tick, RuntimeError("the device is gone"), daemon.now))
+    daemon.engine.fail(tick, RuntimeError("the device is gone"), daemon.now)
     return len(tick.rows)
 
 
@@ -509,7 +519,7 @@ def test_a_result_that_is_not_finite_is_taken_back_and_touches_nobody_else(daemo
     assert tick is not None
     outputs = daemon.models["pump"].run(tick.slots, tick.fresh, tick.lengths, tick.input)
     outputs[0][0, 2, 0] = np.nan
-    daemon.durable.put_back(daemon.engine.complete(tick, outputs, daemon.now))
+    daemon.engine.complete(tick, outputs, daemon.now)
     told = {reply.header.handle: reply for reply in caller.take()}
     (again,) = caller.run(chunk(bad, 2, draw(2, 3), ack=1))
 

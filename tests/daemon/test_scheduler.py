@@ -32,11 +32,11 @@ def stream(name: str, sizes: list[int], slot: int = 0) -> Stream:
         tenant="local",
         name=name,
         handle=slot + 1,
-        lane=None,
-        slot=slot,
+        lane=None,  # type: ignore[arg-type]
         generation=1,
-        idle_timeout=1.0,  # type: ignore[arg-type]
+        idle_timeout=1.0,
     )
+    made.slot = slot
     for seq, steps in enumerate(sizes, 1):
         data = (slot * 1000 + seq * 10 + np.arange(steps * WIDTH) / 100).astype(np.float32)
         made.queue.append(Chunk(seq, 1, 0.0, steps, data))

@@ -12,11 +12,10 @@ def add(streams: Streams, name: str, now: float = 0.0, idle: float = 10.0, tenan
     return streams.add(
         tenant=tenant,
         name=name,
-        lane=None,
-        slot=0,
+        lane=None,  # type: ignore[arg-type]
         generation=1,
         idle_timeout=idle,
-        now=now,  # type: ignore[arg-type]
+        now=now,
     )
 
 

@@ -106,6 +106,14 @@ def replies(frame: bytes) -> list[Reply]:
 # --- a daemon without sockets ---
 
 
+class Served:
+    """A model with fewer slots than it has."""
+
+    def __init__(self, model: Model, slots: int) -> None:
+        self.contract, self.row_bytes, self.slots = model.contract, model.row_bytes, slots
+        self.rows, self.write_rows = model.rows, model.write_rows
+
+
 class Desk:
     """An engine with its models, and connections to it. Time stands still unless a test moves ``now``."""
 
@@ -116,9 +124,10 @@ class Desk:
         self.now = 1000.0
         self.engine = Engine(
             config or Config(),
-            {name: (model.contract, slots or model.slots) for name, model in models.items()},
+            {name: Served(model, slots or model.slots) for name, model in models.items()},
             identity=Identity(b"\x01\x02\x03\x04\x05\x06\x07\x08", {"wanted": "cpu", "used": "cpu", "fallback": False}),
             stats=self.stats,
+            clock=lambda: self.now,
             log=structlog.wrap_logger(
                 None, processors=[self._note], wrapper_class=structlog.make_filtering_bound_logger(0)
             ),

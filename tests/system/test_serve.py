@@ -106,11 +106,13 @@ def test_the_shutdown_ends_when_its_time_is_over(pump: Path, tmp_path: Path) -> 
 
 
 def test_ready_then_full_then_ready_again(pump: Path, tmp_path: Path) -> None:
-    with serve(tmp_path, pump, "--slots", "2") as daemon:
+    with serve(tmp_path, pump, "--slots", "2", config="[limits]\nhost_state_bytes = 0\n") as daemon:
         daemon.ready()
         assert daemon.get("/readyz") == (200, "ready\n")
         with Dealer(daemon.endpoint) as dealer:
             handles = [dealer.handle(name) for name in "ab"]
+            for handle in handles:
+                dealer.ask(wire.frame(chunk(handle, 1, np.ones((1, 3), np.float32))))
             assert dealer.ask(opening("c")).code == "no_slots"
             status, text = eventually(lambda: page if (page := daemon.get("/readyz"))[0] != 200 else None)
             assert (status, text.partition(":")[0]) == (503, "full")
