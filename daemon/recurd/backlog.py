@@ -16,15 +16,18 @@ from recurd.signature import Payload
 
 
 class Record:
-    """A chunk or a reset on its way. ``generation`` is set with its number; ``sent`` counts the times it went out."""
+    """A chunk or a reset on its way. ``generation`` is set with its number, and ``sent`` counts the times it went out
+    under that."""
 
-    __slots__ = ("generation", "payload", "sent", "token")
+    __slots__ = ("generation", "payload", "sent", "seq", "token")
 
     def __init__(self, token: Any, payload: Payload | None) -> None:
         """``payload`` ``None`` is a reset."""
         self.token = token
         self.payload = payload
         self.generation = 0
+        #: The number it has, or had last: put back, it mostly gets the same again.
+        self.seq = 0
         self.sent = 0
 
 
@@ -74,6 +77,8 @@ class Backlog:
         while self.waiting and self.next_seq - self.last_seq <= window:
             record = self.waiting.popleft()
             seq, record.generation = self.next_seq, self.next_generation
+            if record.seq != seq:
+                record.seq, record.sent = seq, 0
             self.in_flight[seq] = record
             self.next_seq += 1
             self.next_generation += record.payload is None
@@ -99,8 +104,6 @@ class Backlog:
         self.errors_to_come.update(seq for seq in back if seq > refused)
         self.next_seq, self.next_generation = first, self.in_flight[first].generation
         records = [self.in_flight.pop(seq) for seq in back]
-        for record in records:
-            record.sent = 0
         self.waiting.extendleft(reversed(records))
 
     def forget_answers(self) -> None:

@@ -726,6 +726,19 @@ def test_a_busy_daemon_is_not_sent_everything_again_each_time(pair: Pair, writer
     assert pair.totals("r5") == [[6]]
 
 
+def test_a_chunk_that_ran_although_the_client_was_told_busy_is_not_taken_for_anothers(
+    pair: Pair, writer: Writer
+) -> None:
+    pair.push(writer, "a", 1)
+    pair.deliver_up()
+    busy = wire.Error(code="busy", text="no", in_reply_to=wire.Type.CHUNK, retry_after_seconds=0.5)
+    pair.down.append(wire.frame(wire.control(wire.Type.ERROR, busy, code=Code.BUSY, handle=writer.handle, seq=1)))
+    pair.deliver_down()
+    pair.push(writer, "b", 2)
+    pair.settle()
+    assert pair.totals("a", "b") == [[1], [3]]
+
+
 def test_a_refusal_just_before_the_connection_breaks_leaves_no_hole(pair: Pair, writer: Writer) -> None:
     pair.push(writer, "a", 1)
     pair.push(writer, "bad", math.nan)
