@@ -20,6 +20,9 @@ MAX_IPC_PATH_BYTES = 107
 Count = Annotated[int, msgspec.Meta(ge=1)]
 CountOrZero = Annotated[int, msgspec.Meta(ge=0)]
 Seconds = Annotated[float, msgspec.Meta(gt=0, le=1e9)]
+Rate = Annotated[float, msgspec.Meta(gt=0, le=1e15)]
+#: What a tenant may have.
+Right = Literal["stream", "reset", "state", "admin"]
 #: ZeroMQ takes these as milliseconds in 32 bits, and heartbeats' time to live in 16 bits of 0.1 s.
 ShortSeconds = Annotated[float, msgspec.Meta(ge=0.1, le=2000)]
 
@@ -92,6 +95,31 @@ class Durability(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     accept_drift: bool = False
 
 
+class TenantLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What one tenant may take of the daemon; ``None``: nothing but what holds for all."""
+
+    streams: Count | None = None
+    #: Chunks and resets, on average; what was not used in the last second may come at once.
+    chunks_per_second: Rate | None = None
+    bytes_per_second: Rate | None = None
+    #: Chunks waiting to be run.
+    in_flight: Count | None = None
+    #: Bytes of the results that are kept because it has not acknowledged them.
+    retained_bytes: Count | None = None
+
+
+class Tenant(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What one tenant may do. ``models`` and ``streams`` are globs over whole names."""
+
+    models: tuple[str, ...] = ("*",)
+    streams: tuple[str, ...] = ("*",)
+    #: ``None``: stream, reset and state, and for the tenant ``local`` admin too.
+    rights: tuple[Right, ...] | None = None
+    #: Topics of published results besides its own: ``tenant/model/stream``, or one of them with ``*`` at its end.
+    subscribe: tuple[str, ...] = ()
+    limits: TenantLimits = TenantLimits()
+
+
 class Log(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Log lines on standard error."""
 
@@ -123,6 +151,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     timeouts: Timeouts = Timeouts()
     zeromq: ZeroMQ = ZeroMQ()
     durability: Durability = Durability()
+    #: By name.
+    tenants: dict[str, Tenant] = {}
     log: Log = Log()
 
 
@@ -159,20 +189,22 @@ def _convert(raw: dict[str, Any], source: str) -> Config:
         config = msgspec.convert(raw, Config)
         _check(config)
     except msgspec.ValidationError as error:
-        raise ConfigError(f"{source}: {_sentence(error)}") from error
+        raise ConfigError(f"{source}: {_sentence(error, raw)}") from error
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from error
     return config
 
 
-def _sentence(error: msgspec.ValidationError) -> str:
+def _sentence(error: msgspec.ValidationError, raw: dict[str, Any]) -> str:
     """msgspec's message with the key in front: ``limits.streams: expected `int` >= 1``."""
     text, _, place = str(error).partition(" - at `$")
     key = place.rstrip("`").lstrip(".")
+    if key.startswith("tenants[...]"):
+        key = key.replace("[...]", f".{_wrong_tenant(raw['tenants'])}", 1)
     text = text[:1].lower() + text[1:]
     if "invalid enum value" in text:
         section, _, name = key.partition(".")
-        allowed = get_args(get_type_hints(get_type_hints(Config)[section])[name])
+        allowed = get_args(Right if section == "tenants" else get_type_hints(get_type_hints(Config)[section])[name])
         return f"{key}: {text.rpartition(' ')[2]} is not one of {', '.join(allowed)}"
     if "unknown field" in text:
         section, name = key and f" in [{key}]", text.split("`")[1]
@@ -180,6 +212,16 @@ def _sentence(error: msgspec.ValidationError) -> str:
     if "required field" in text:
         return f"{key}: {text.split('`')[1]} is missing"
     return f"{key}: {text}"
+
+
+def _wrong_tenant(sections: dict[str, Any]) -> str:
+    """Name of the first section that cannot be read: msgspec does not tell a dictionary's key."""
+    for name, section in sections.items():
+        try:
+            msgspec.convert(section, Tenant)
+        except msgspec.ValidationError:
+            return name
+    raise AssertionError("all sections can be read")
 
 
 def _check(config: Config) -> None:

@@ -31,6 +31,7 @@ from recurd.saving import SavedAnswer, SavedStream, Saving, Unsaved
 from recurd.scheduler import Row, Tick, assemble
 from recurd.stats import ModelStats, Stats
 from recurd.streams import Chunk, Stream, Streams
+from recurd.tenants import LOCAL, Tenants
 
 if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
@@ -56,8 +57,12 @@ class Engine:
         stats: Stats,
         clock: Callable[[], float],
         log: "FilteringBoundLogger",
+        tenants: Tenants | None = None,
     ) -> None:
-        """``models`` by the name clients use; ``clock`` only measures how long something took."""
+        """``models`` by the name clients use; ``clock`` only measures how long something took.
+
+        ``tenants``: whose users there are; without them those of a daemon without authentication.
+        """
         limits = config.limits
         self._stats = stats
         self._log = log
@@ -79,9 +84,12 @@ class Engine:
         self._unsaved = Unsaved(config.durability.mode != "off")
         #: Why nothing can be saved, and so nothing accepted, at present.
         self._halted: str | None = None
+        self._tenants = tenants or Tenants(config.tenants)
         self._lifecycle = Lifecycle(
             config,
             identity,
+            tenants=self._tenants,
+            room=self._room,
             lanes=self._lanes,
             streams=self._streams,
             peers=self._peers,
@@ -95,23 +103,24 @@ class Engine:
 
     # --- frames in ---
 
-    def receive(self, frame: wire.Buffer, routing_id: bytes, now: float, tenant: str = "local") -> int:
+    def receive(self, frame: wire.Buffer, routing_id: bytes, now: float, user: str = LOCAL) -> int:
         """Take one frame from the connection ``routing_id``; the number of records in it.
 
-        Whatever the frame holds, it is answered, and nothing is raised.
+        ``user`` is what authentication says of that very frame: a client may choose its routing id, and so take that
+        of another. Whatever the frame holds, it is answered, and nothing is raised.
         """
         self._stats.frames_received += 1
         self._stats.bytes_received += len(frame)
         peer = self._peers.get(routing_id)
-        if peer is None:
-            peer = Peer(routing_id, tenant, now)
+        if peer is None or peer.user != user:
+            peer = self._lifecycle.meet(routing_id, user, now)
         else:
             self._peers.seen(peer, now)
         header = wire.NO_HEADER
         try:
             header, payload = wire.decode(frame)
-            if not peer.greeted and header.type != wire.Type.HELLO:
-                raise Refused(Code.HELLO_REQUIRED, "say HELLO first")
+            if not peer.greeted:
+                self._lifecycle.check_stranger(header, peer)
             is_multi = header.type == wire.Type.MULTI
             records = wire.decode_multi(header, payload) if is_multi else [(header, payload)]
         except Refused as refusal:
@@ -180,6 +189,7 @@ class Engine:
             lane.scheduler.add(stream)
 
     def _on_reset(self, header: wire.Header, peer: Peer, now: float) -> None:
+        peer.rights.demand("reset")
         stream = self._admit(header, peer, now)
         if stream is None:
             return
@@ -193,7 +203,7 @@ class Engine:
         stream = self._streams.find(header, peer)
         stream.last_seen = now
         if header.ack > stream.acked:
-            stream.lane.retain(-stream.acknowledge(header.ack))
+            stream.lane.retain(-stream.acknowledge(header.ack), stream.share)
         if not stream.is_next(header, self._credit):
             self._stats.duplicates += 1
             record = stream.retained(header)
@@ -295,7 +305,7 @@ class Engine:
         stream.fresh = stream.untouched = stream.untouched or stream.queue[0].fresh
         stream.lane.slots.drop(stream)
         queued, stream.queue = stream.queue, []
-        stream.lane.leave(len(queued), sum(chunk.data.nbytes for chunk in queued))
+        stream.lane.leave(len(queued), sum(chunk.data.nbytes for chunk in queued), stream.share)
         stream.accepted = stream.answered
         why = "raised (the log says why)" if code is Code.FAILED else "gave NaN or infinity"
         failed = Refused(Code.RUN_FAILED, f"the model's run {why}; the stream is as it was before")
@@ -326,10 +336,10 @@ class Engine:
     def _answer(self, stream: Stream, chunk: Chunk, record: wire.Record) -> None:
         """Answer the oldest record of a stream, and keep the answer until it is acknowledged."""
         del stream.queue[0]
-        stream.lane.leave(1, chunk.data.nbytes)
+        stream.lane.leave(1, chunk.data.nbytes, stream.share)
         stream.answered = chunk.seq
         stream.answers.append((chunk.seq, chunk.generation, record))
-        stream.lane.retain(len(record[1]))
+        stream.lane.retain(len(record[1]), stream.share)
         self._unsaved.note(stream)
         if stream.peer is not None:
             self._outbox.send(stream.peer, record)
@@ -403,6 +413,10 @@ class Engine:
         """Note that a connection is gone; its streams stay, detached."""
         self._lifecycle.disconnected(routing_id)
 
+    def rights_changed(self) -> None:
+        """Other tenants, rights or keys hold from now on: cut what is not allowed any more."""
+        self._lifecycle.cut()
+
     def drain(self) -> None:
         """Refuse new work from now on; what was accepted is finished as ticks are taken."""
         self._lifecycle.draining = True
@@ -424,9 +438,9 @@ class Engine:
 
 
 def _accept(stream: Stream, record: Chunk) -> bool:
-    """Queue a record that was admitted; whether it is the only one. Raises :class:`Refused` (``busy``)."""
+    """Queue a record that was admitted; whether it is the only one. Raises :class:`Refused` (``busy``, ``limit``)."""
     is_first = not stream.queue
-    stream.lane.enter(record, is_first)
+    stream.lane.enter(record, is_first, stream.share)
     stream.accepted = record.seq
     stream.queue.append(record)
     return is_first

@@ -50,6 +50,8 @@ class Code(IntEnum):
     UNKNOWN_STREAM = 13
     NO_SLOTS = 14
     TOO_MANY_STREAMS = 15
+    # what a tenant may not
+    FORBIDDEN = 17
     # addressing a stream
     UNKNOWN_HANDLE = 20
     DETACHED = 21
@@ -65,6 +67,7 @@ class Code(IntEnum):
     GAP = 40
     STALE = 41
     CREDIT = 42
+    LIMIT = 43
     # the daemon's condition
     BUSY = 50
     DRAINING = 51
@@ -86,7 +89,7 @@ class Code(IntEnum):
 #: Codes after which a stream's state is gone; every other code leaves the stream as it was.
 BREAKING = frozenset({Code.EXPIRED, Code.FAILED, Code.REPLACED, Code.POISONED})
 #: Codes that say "the same request may succeed later"; their replies carry ``retry_after_seconds``.
-PASSING = frozenset({Code.BUSY, Code.CREDIT})
+PASSING = frozenset({Code.BUSY, Code.CREDIT, Code.LIMIT})
 
 
 class RecurdError(Exception):

@@ -14,6 +14,7 @@ from recurd.errors import Code, Refused
 from recurd.scheduler import Scheduler
 from recurd.stats import ModelStats
 from recurd.streams import Chunk
+from recurd.tenants import Share
 
 
 class Room:
@@ -23,7 +24,7 @@ class Room:
         self.max_chunks = limits.queued_chunks
         self.max_bytes = limits.queued_bytes
         self.max_retained = limits.retained_bytes
-        self._retry_after_seconds = limits.busy_retry_seconds
+        self.retry_after_seconds = limits.busy_retry_seconds
         self.chunks = 0
         self.bytes = 0
         #: Bytes of the answers kept for retries.
@@ -40,7 +41,7 @@ class Room:
             Code.BUSY,
             f"{self.chunks} chunks ({self.bytes} bytes) are waiting to be run, "
             f"{self.retained} bytes of results to be acknowledged",
-            retry_after_seconds=self._retry_after_seconds,
+            retry_after_seconds=self.retry_after_seconds,
         )
 
 
@@ -93,8 +94,8 @@ class Lane:
         """There is no room for the state of another stream."""
         return self.slots.store is None and self.streams >= self._max_streams
 
-    def enter(self, chunk: Chunk, is_first: bool) -> None:
-        """Count a chunk that is about to be queued. Raises :class:`Refused` (``busy``) when there is no room.
+    def enter(self, chunk: Chunk, is_first: bool, share: Share | None) -> None:
+        """Count a chunk that is about to be queued. Raises :class:`Refused` (``busy``, ``limit``) without room for it.
 
         The first one a stream has waiting is counted but always let in, as far as the bytes go: streams that send much
         must not lock out those that send little.
@@ -106,18 +107,24 @@ class Lane:
             or room.retained >= room.max_retained
         ):
             raise room.refusal()
+        if share is not None:
+            share.enter(chunk, is_first)
         room.chunks += 1
         room.bytes += size
         self.stats.queued_chunks += 1
 
-    def leave(self, chunks: int, size: int) -> None:
+    def leave(self, chunks: int, size: int, share: Share | None) -> None:
         """Count queued chunks out that were answered, and their bytes."""
+        if share is not None:
+            share.leave(chunks, size)
         self._room.chunks -= chunks
         self._room.bytes -= size
         self.stats.queued_chunks -= chunks
 
-    def retain(self, size: int) -> None:
+    def retain(self, size: int, share: Share | None) -> None:
         """Count bytes of answers that are kept from now on; negative: not any more."""
+        if share is not None:
+            share.held += size
         self._room.retained += size
 
     def read(self, header: wire.Header, payload: wire.Buffer, is_finite: bool) -> npt.NDArray[Any]:

@@ -11,11 +11,12 @@ import recurd
 from recurd import wire
 from recurd.config import Config
 from recurd.errors import Broken, Code, Refused
-from recurd.lane import Lane
+from recurd.lane import Lane, Room
 from recurd.peers import Outbox, Peer, Peers
 from recurd.saving import SavedAnswer, SavedStream, Unsaved, answer
 from recurd.stats import Stats
 from recurd.streams import Chunk, Stream, Streams
+from recurd.tenants import LOCAL, NOBODY, Tenant, Tenants
 
 if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
@@ -41,6 +42,8 @@ class Lifecycle:
         config: Config,
         identity: Identity,
         *,
+        tenants: Tenants,
+        room: Room,
         lanes: Mapping[str, Lane],
         streams: Streams,
         peers: Peers,
@@ -52,6 +55,8 @@ class Lifecycle:
         self._limits = config.limits
         self._timeouts = config.timeouts
         self._identity = identity
+        self._tenants = tenants
+        self._room = room
         self._lanes = lanes
         self._streams = streams
         self._peers = peers
@@ -64,6 +69,38 @@ class Lifecycle:
         self.draining = False
 
     # --- connections ---
+
+    def meet(self, routing_id: bytes, user: str, now: float) -> Peer:
+        """A stranger, to whom nothing of whoever had this routing id before belongs."""
+        self.disconnected(routing_id)
+        return Peer(routing_id, user, self._tenants.of(user) or NOBODY, now)
+
+    def check_stranger(self, header: wire.Header, peer: Peer) -> None:
+        """Hold a message against what somebody may say who has not been welcomed. Raises :class:`Refused`."""
+        if peer.rights is NOBODY:
+            raise Refused(Code.FORBIDDEN, "this key is not known here (any more)")
+        if header.type != wire.Type.HELLO:
+            raise Refused(Code.HELLO_REQUIRED, "say HELLO first")
+        if peer.user != LOCAL and not _is_given(peer.routing_id):
+            # It may be one that another tenant had, and get the answers that are on their way to that one.
+            raise Refused(Code.BAD_REQUEST, "a client must not choose its routing id")
+
+    def cut(self) -> None:
+        """Rights have changed: forget connections whose key is not known any more, detach streams no longer allowed."""
+        for peer in self._peers.all():
+            rights = self._tenants.of(peer.user)
+            if rights is None or rights.name != peer.tenant:
+                peer.frames, peer.records = [], []
+                self._forget_peer(peer)
+                continue
+            peer.rights = rights
+            for handle in list(peer.handles):
+                stream = self._streams.of_handle(handle)
+                if not rights.may_have(stream.name, stream.lane.name):
+                    peer.handles.discard(handle)
+                    self._streams.detach(handle)
+                    self._stats.streams["attached"] -= 1
+                    self._stats.streams["detached"] += 1
 
     def hello(self, header: wire.Header, payload: wire.Buffer, peer: Peer) -> None:
         """HELLO: greet a stranger, or a peer that says it again."""
@@ -87,7 +124,8 @@ class Lifecycle:
             device=self._identity.device,
             durability=self._durability,
             bit_exact=self._identity.bit_exact,
-            models={name: lane.contract.public() for name, lane in self._lanes.items()},
+            rights=tuple(sorted(peer.rights.rights)),
+            models={name: self._lanes[name].contract.public() for name in self._models(peer.rights)},
         )
         self._outbox.send_control(peer, wire.control(wire.Type.WELCOME, welcome, seq=header.seq))
 
@@ -136,7 +174,7 @@ class Lifecycle:
     def open(self, header: wire.Header, payload: wire.Buffer, peer: Peer, now: float) -> None:
         """OPEN: attach a stream to the peer, resumed or new. Raises :class:`Refused` or :class:`Broken`."""
         request = wire.decode_body(payload, wire.Open)
-        lane = self._check_open(request)
+        lane = self._check_open(request, peer.rights)
         stream = self._streams.named(peer.tenant, request.stream)
         if stream is not None and stream.lane is not lane:
             raise Refused(Code.WRONG_MODEL, f"stream '{stream.name}' belongs to model '{stream.lane.name}'")
@@ -145,12 +183,13 @@ class Lifecycle:
         elif self.draining and (stream is None or request.mode == "new"):
             raise Refused(Code.DRAINING, "the daemon is shutting down")
         if stream is not None and request.mode == "new":
+            peer.rights.demand("reset")
             self.end(stream, Code.REPLACED, "replaced")
             stream = None
         if stream is None:
             stream = self._start(request, lane, peer, now)
         stream.last_seen = now
-        lane.retain(-stream.acknowledge(header.ack))
+        lane.retain(-stream.acknowledge(header.ack), stream.share)
         self._attach(stream, peer)
         opened = wire.Opened(
             stream=stream.name,
@@ -167,7 +206,11 @@ class Lifecycle:
         )
         self._outbox.send_control(peer, record)
 
-    def _check_open(self, request: wire.Open) -> Lane:
+    def _models(self, rights: Tenant) -> list[str]:
+        """Those a tenant may use; it is not told of others."""
+        return [name for name in self._lanes if rights.models.match(name)]
+
+    def _check_open(self, request: wire.Open, rights: Tenant) -> Lane:
         size = len(request.stream.encode("utf-8", "surrogatepass"))
         if not 0 < size <= self._limits.name_bytes or not request.stream.isprintable():
             raise Refused(
@@ -182,11 +225,11 @@ class Lifecycle:
                 Code.BAD_REQUEST,
                 f"idle_timeout_seconds is more than 0 and at most {self._timeouts.stream_idle_seconds:g}",
             )
+        rights.demand_stream(request.stream, request.model)
         lane = self._lanes.get(request.model)
         if lane is None:
-            raise Refused(
-                Code.UNKNOWN_MODEL, f"there is no model '{request.model}', only {', '.join(sorted(self._lanes))}"
-            )
+            names = ", ".join(sorted(self._models(rights)))
+            raise Refused(Code.UNKNOWN_MODEL, f"there is no model '{request.model}', only {names}")
         return lane
 
     def _check_resume(self, stream: Stream | None, request: wire.Open, peer: Peer) -> None:
@@ -205,8 +248,9 @@ class Lifecycle:
             )
 
     def _start(self, request: wire.Open, lane: Lane, peer: Peer, now: float) -> Stream:
-        if self._streams.count(peer.tenant) >= self._limits.streams:
-            raise Refused(Code.TOO_MANY_STREAMS, f"{self._limits.streams} streams are open, the most there may be")
+        most = peer.rights.limits.streams or self._limits.streams
+        if self._streams.count(peer.tenant) >= most:
+            raise Refused(Code.TOO_MANY_STREAMS, f"{most} streams are open, the most there may be")
         if lane.full:
             text = f"there is no room for the states of more than {lane.streams} streams of model '{lane.name}'"
             raise Refused(Code.NO_SLOTS, f"{text}: close streams, shorten the idle time-out or raise host_state_bytes")
@@ -219,6 +263,7 @@ class Lifecycle:
             idle_timeout=request.idle_timeout_seconds or self._timeouts.stream_idle_seconds,
             now=now,
         )
+        stream.share = self._tenants.share(peer.tenant, self._room)
         self._unsaved.note(stream)
         lane.streams += 1
         self._stats.streams_opened += 1
@@ -243,7 +288,8 @@ class Lifecycle:
         stream.acked = stream.forgotten = saved.acked
         stream.fresh = stream.untouched = saved.state is None
         stream.answers = [answer(one) for one in answers]
-        lane.retain(sum(len(payload) for _, _, (_, payload) in stream.answers))
+        stream.share = self._tenants.share(saved.tenant, self._room)
+        lane.retain(sum(len(payload) for _, _, (_, payload) in stream.answers), stream.share)
         lane.streams += 1
         self._stats.streams["detached"] += 1
 
@@ -303,9 +349,9 @@ class Lifecycle:
         lane = stream.lane
         ended = self._streams.end(stream, code)
         self._unsaved.end(stream)
-        lane.retain(-sum(len(payload) for _, _, (_, payload) in stream.answers))
+        lane.retain(-sum(len(payload) for _, _, (_, payload) in stream.answers), stream.share)
         queued, stream.queue = stream.queue, []
-        lane.leave(len(queued), sum(chunk.data.nbytes for chunk in queued))
+        lane.leave(len(queued), sum(chunk.data.nbytes for chunk in queued), stream.share)
         for chunk in queued:
             if stream.peer is not None:
                 self._outbox.send_error(stream.peer, header_of(stream, chunk), ended.error())
@@ -344,6 +390,11 @@ class Lifecycle:
         silent = self._peers.longest_silent()
         expiry = None if silent is None else silent.last_seen + self._timeouts.peer_idle_seconds
         return min((time for time in (self._streams.deadline(), expiry) if time is not None), default=None)
+
+
+def _is_given(routing_id: bytes) -> bool:
+    """Whether it is one that ROUTER made up; libzmq lets no client choose one like it."""
+    return routing_id.startswith(b"\0")
 
 
 def header_of(stream: Stream, chunk: Chunk) -> wire.Header:

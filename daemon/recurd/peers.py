@@ -9,6 +9,7 @@ from collections import OrderedDict
 from recurd import wire
 from recurd.errors import Broken, Refused
 from recurd.stats import Stats
+from recurd.tenants import Tenant
 
 #: Answers are joined into frames of at most this size: larger ones save nothing, and a peer that does not read holds as
 #: many as its high-water mark allows.
@@ -18,11 +19,27 @@ _JOIN_BYTES = 256 * 1024
 class Peer:
     """One connection. Owned by :class:`Peers`."""
 
-    __slots__ = ("again_bytes", "frames", "greeted", "handles", "last_seen", "multi", "records", "routing_id", "tenant")
+    __slots__ = (
+        "again_bytes",
+        "frames",
+        "greeted",
+        "handles",
+        "last_seen",
+        "multi",
+        "records",
+        "rights",
+        "routing_id",
+        "tenant",
+        "user",
+    )
 
-    def __init__(self, routing_id: bytes, tenant: str, now: float) -> None:
+    def __init__(self, routing_id: bytes, user: str, rights: Tenant, now: float) -> None:
         self.routing_id = routing_id
-        self.tenant = tenant
+        #: What authentication says of it: a public key, or ``local``.
+        self.user = user
+        #: What its tenant may do, and the tenant's name.
+        self.rights = rights
+        self.tenant = rights.name
         #: Whether it has said HELLO; until then it is a stranger, forgotten as soon as it is answered.
         self.greeted = False
         #: Whether it takes MULTI frames.
@@ -73,6 +90,10 @@ class Peers:
         """Note that a peer is alive."""
         peer.last_seen = now
         self._by_id.move_to_end(peer.routing_id)
+
+    def all(self) -> list[Peer]:
+        """All of them, as they are now."""
+        return list(self._by_id.values())
 
     def silent_since(self, moment: float) -> list[Peer]:
         """Peers not heard of after ``moment``."""

@@ -18,6 +18,7 @@ from recurd.errors import BREAKING, Broken, Code, Refused
 if TYPE_CHECKING:
     from recurd.lane import Lane
     from recurd.peers import Peer
+    from recurd.tenants import Share
 
 #: Slot of a stream that has none: its state is elsewhere (recurd.arena), or there is none.
 NO_SLOT = -1
@@ -75,6 +76,7 @@ class Stream:
         "queue",
         "running",
         "saved",
+        "share",
         "slot",
         "state",
         "tenant",
@@ -113,6 +115,8 @@ class Stream:
         # In the journal: seq up to which the answers are there, and up to which they are there no more.
         self.saved = 0
         self.forgotten = 0
+        #: What its tenant holds of the daemon; ``None`` where nobody counts.
+        self.share: Share | None = None
         # Connection.
         self.peer: Peer | None = None
         self.last_seen = 0.0
@@ -235,6 +239,8 @@ class Streams:
 
     def _not_found(self, header: wire.Header, peer: "Peer", stream: Stream | None) -> Refused | Broken:
         if stream is not None and stream.tenant == peer.tenant:
+            if not peer.rights.may_have(stream.name, stream.lane.name):
+                return Refused(Code.FORBIDDEN, f"tenant '{peer.tenant}' may not have stream '{stream.name}' any more")
             return Refused(Code.DETACHED, f"stream '{stream.name}' was opened on another connection since")
         ended = self._ended.get(header.handle)
         if ended is not None and ended.tenant == peer.tenant:
@@ -283,6 +289,10 @@ class Streams:
     def watch(self, stream: Stream) -> None:
         """Put a stream into the order of expiry."""
         heapq.heappush(self._expiry, (stream.last_seen + stream.idle_timeout, stream.handle))
+
+    def of_handle(self, handle: int) -> Stream:
+        """A stream by its handle, which a peer holds."""
+        return self._by_handle[handle]
 
     def detach(self, handle: int) -> None:
         """The stream's connection is gone."""

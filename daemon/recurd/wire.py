@@ -307,7 +307,9 @@ class Welcome(msgspec.Struct, kw_only=True, frozen=True):
     #: Models that give the same bits whoever shares a tick and however a stream is cut, as tried at the start: streams
     #: of these are resumed bit for bit.
     bit_exact: tuple[str, ...] = ()
-    #: Contracts by model name, without their proofs (contract.public()).
+    #: What the tenant may do: ``stream``, ``reset``, ``state``, ``admin``.
+    rights: tuple[str, ...] = ()
+    #: Contracts of the models that the tenant may use, by name, without their proofs (contract.public()).
     models: dict[str, Any]
 
 

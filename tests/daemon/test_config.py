@@ -6,7 +6,21 @@ from typing import Any
 
 import pytest
 
-from recurd.config import Config, Durability, Limits, Log, Model, Tick, Timeouts, ZeroMQ, load, override, split_address
+from recurd.config import (
+    Config,
+    Durability,
+    Limits,
+    Log,
+    Model,
+    Tenant,
+    TenantLimits,
+    Tick,
+    Timeouts,
+    ZeroMQ,
+    load,
+    override,
+    split_address,
+)
 from recurd.errors import ConfigError, ExitCode
 
 SHIPPED = Path(__file__).parents[2] / "deploy" / "recurd.toml"
@@ -18,6 +32,7 @@ SECTIONS = {
     "durability": Durability,
     "log": Log,
 }
+EXAMPLES = {"models": Model, "tenants.gateway-7": Tenant, "tenants.gateway-7.limits": TenantLimits}
 
 
 def write(folder: Path, text: str) -> Path:
@@ -33,19 +48,20 @@ def test_the_shipped_file_decodes_to_the_defaults() -> None:
 def test_the_shipped_file_lists_every_key_and_explains_it() -> None:
     listed = keys_with_comments(SHIPPED.read_text())
 
-    expected = {("", field) for field in Config.__struct_fields__ if field not in {*SECTIONS, "models"}}
+    expected = {("", field) for field in Config.__struct_fields__ if field not in {*SECTIONS, "models", "tenants"}}
     for section, struct in SECTIONS.items():
         expected |= {(section, field) for field in struct.__struct_fields__}
-    expected |= {("models", field) for field in Model.__struct_fields__}
+    for section, struct in EXAMPLES.items():
+        expected |= {(section, field) for field in struct.__struct_fields__ if field != "limits"}
     assert listed.keys() == expected
     assert [key for key, comment in listed.items() if not comment] == []
 
 
 def keys_with_comments(text: str) -> dict[tuple[str, str], str]:
-    """(section, key) -> the comment above it. The example of [[models]] is commented out by one more '#'."""
+    """(section, key) -> the comment above it. The examples are commented out by one more '#'."""
     listed, section, comment = {}, "", ""
     for raw in text.splitlines():
-        line = raw.removeprefix("# ") if "models" in (section, raw.strip("# []")) else raw
+        line = raw.removeprefix("# ") if raw.startswith("# [") or section in EXAMPLES else raw
         if line.startswith("["):
             section = line.strip("[]")
         elif line.startswith("#"):
@@ -56,13 +72,25 @@ def keys_with_comments(text: str) -> dict[tuple[str, str], str]:
     return listed
 
 
-def test_models_of_the_shipped_example_decode(tmp_path: Path) -> None:
+def test_the_shipped_examples_decode(tmp_path: Path) -> None:
     text = SHIPPED.read_text()
-    example = re.sub("^# ", "", text[text.index("# [[models]]") :], flags=re.MULTILINE)
+    example = re.sub("^# ?", "", text[text.index("# [[models]]") :], flags=re.MULTILINE)
+    example = re.sub("^(?!#|\\[|\\w+ = ).*", "", example, flags=re.MULTILINE)
 
     config = load(write(tmp_path, example))
 
     assert config.models == (Model(path=str(tmp_path / "models/pump.onnx"), name="pump", slots=1024),)
+    assert config.tenants == {
+        "gateway-7": Tenant(
+            models=("pump*",),
+            streams=("hall-3/*", "test-?"),
+            rights=("stream", "reset"),
+            subscribe=("gateway-8/pump/*",),
+            limits=TenantLimits(
+                streams=1000, chunks_per_second=5000, bytes_per_second=1e7, in_flight=2000, retained_bytes=10_000_000
+            ),
+        )
+    }
 
 
 def test_a_relative_model_path_starts_at_the_files_folder_and_an_absolute_one_stays(tmp_path: Path) -> None:
@@ -84,6 +112,10 @@ def test_a_relative_model_path_starts_at_the_files_folder_and_an_absolute_one_st
         ("[timeouts]\nshutdown_seconds = inf", "timeouts.shutdown_seconds: expected `float` <= 1"),
         ("[timeouts]\nshutdown_seconds = nan", "timeouts.shutdown_seconds: expected `float`"),
         ("[tick]\npadding_ratio = 1.5", "tick.padding_ratio: expected `float` <= 1.0"),
+        ("[tenants.a]\n[tenants.b]\nrights = ['fly']", "tenants.b.rights[0]: 'fly' is not one of stream, reset, state"),
+        ("[tenants.a]\nstrems = []", "strems: there is no such key in [tenants.a]"),
+        ("[tenants.a.limits]\nstreams = 0", "tenants.a.limits.streams: expected `int` >= 1"),
+        ("tenants = 1", "tenants: expected `object`, got `int`"),
         ("[log]\nformat = 'xml'", "log.format: 'xml' is not one of keyvalue, json"),
         ("device = 'gpu'", "device: 'gpu' is not one of auto, cpu, cuda, cuda:0"),
         ("bind = []", "bind: at least one endpoint is needed"),

@@ -16,6 +16,7 @@ from recurd.lifecycle import Identity
 from recurd.model import Model
 from recurd.scheduler import Tick
 from recurd.stats import Stats
+from recurd.tenants import Tenants
 from recurd.wire import Dtype, Flag, Type
 
 Array = np.ndarray[Any, Any]
@@ -117,8 +118,16 @@ class Served:
 class Desk:
     """An engine with its models, and connections to it. Time stands still unless a test moves ``now``."""
 
-    def __init__(self, models: Mapping[str, Model], config: Config | None = None, *, slots: int = 0) -> None:
+    def __init__(
+        self,
+        models: Mapping[str, Model],
+        config: Config | None = None,
+        *,
+        slots: int = 0,
+        tenants: Tenants | None = None,
+    ) -> None:
         self.models = models
+        self.tenants = tenants or Tenants()
         self.stats = Stats()
         self.events: list[dict[str, Any]] = []
         self.now = 1000.0
@@ -131,6 +140,7 @@ class Desk:
             log=structlog.wrap_logger(
                 None, processors=[self._note], wrapper_class=structlog.make_filtering_bound_logger(0)
             ),
+            tenants=self.tenants,
         )
         self._inboxes: dict[bytes, list[Reply]] = {}
 
@@ -139,7 +149,8 @@ class Desk:
         raise structlog.DropEvent
 
     def connect(self, name: str = "a", *, multi: bool = False, greet: bool = True, tenant: str = "local") -> "Caller":
-        caller = Caller(self, name.encode(), tenant)
+        # As ROUTER makes them up; b"\0" at the start is what no client can choose.
+        caller = Caller(self, b"\0" + name.encode(), tenant)
         if greet:
             caller.send(hello(multi=multi))
             assert caller.take()[-1].type == Type.WELCOME
