@@ -127,7 +127,7 @@ class Desk:
         tenants: Tenants | None = None,
     ) -> None:
         self.models = models
-        self.tenants = tenants or Tenants()
+        self.tenants = tenants or Tenants((config or Config()).tenants)
         self.stats = Stats()
         self.events: list[dict[str, Any]] = []
         self.now = 1000.0
