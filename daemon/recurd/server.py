@@ -11,7 +11,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING
 
@@ -19,13 +19,14 @@ import zmq
 
 from recurd import config, systemd, verify
 from recurd.engine import Engine
-from recurd.errors import AddressError, ConfigError, ExitCode
+from recurd.errors import AddressError, ConfigError, ExitCode, StartError
 from recurd.http import Application, Health, HttpServer, Phase
 from recurd.lifecycle import Identity
 from recurd.logs import open_log
 from recurd.metrics import Collector, ModelLabels, open_registry
 from recurd.model import Model, resolve_device
 from recurd.stats import Stats
+from recurd.tenants import Tenants
 
 if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
@@ -38,18 +39,30 @@ _BEAT_SECONDS = 0.5
 _LINGER_MILLISECONDS = 1000
 
 
-def serve(settings: config.Config) -> int:
-    """Serve until SIGTERM or SIGINT; the exit status. Raises :class:`recurd.errors.StartError` when it cannot start."""
+def serve(read: Callable[[], config.Config]) -> int:
+    """Serve until SIGTERM or SIGINT; the exit status.
+
+    ``read`` reads the configuration: now, and at every SIGHUP. Raises :class:`recurd.errors.StartError` when the daemon
+    cannot start.
+    """
+    settings = read()
     log = open_log(settings.log, sys.stderr, os.environ)
     with ExitStack() as stack:
-        return Server(settings, log, stack).run()
+        return Server(settings, read, log, stack).run()
 
 
 class Server:
     """One daemon. Owns the socket, the engine, the models and the process's signals, until its stack is closed."""
 
-    def __init__(self, settings: config.Config, log: "FilteringBoundLogger", stack: ExitStack) -> None:
+    def __init__(
+        self,
+        settings: config.Config,
+        read: Callable[[], config.Config],
+        log: "FilteringBoundLogger",
+        stack: ExitStack,
+    ) -> None:
         self._config = settings
+        self._read = read
         self._log = log
         self._notifier = systemd.Notifier(os.environ, os.getpid())
         stack.callback(self._notifier.close)
@@ -67,6 +80,7 @@ class Server:
         for name, model in self._models.items():
             labels[name] = ModelLabels(model.contract.version, model.device, model.contract.weights_sha256[:12])
         stats.state_bytes = sum(model.state_bytes for model in self._models.values())
+        self._tenants = Tenants(settings.tenants)
         self._engine = Engine(
             settings,
             self._models,
@@ -76,6 +90,7 @@ class Server:
             stats=stats,
             clock=time.monotonic,
             log=log,
+            tenants=self._tenants,
         )
         self._stats = stats
         self._durable = None if settings.durability.mode == "off" else self._restore(stack)
@@ -211,9 +226,24 @@ class Server:
 
     def _look_for_signal(self) -> None:
         with suppress(BlockingIOError):  # none came
-            self._on_signal(self._wakeup.recv(64))
+            numbers = self._wakeup.recv(64)
+            if signal.SIGHUP in numbers:
+                self._reload()
+            if stops := numbers.replace(bytes([signal.SIGHUP]), b""):
+                self._stop(stops)
 
-    def _on_signal(self, numbers: bytes) -> None:
+    def _reload(self) -> None:
+        """Take over what may change while serving: all of it, or nothing when something of it cannot be read."""
+        try:
+            settings = self._read()
+        except StartError as error:
+            self._log.error("reload_failed", reason=str(error))
+            return
+        self._tenants.change(settings.tenants, None)
+        self._engine.rights_changed()
+        self._log.info("reloaded")
+
+    def _stop(self, numbers: bytes) -> None:
         if self._stop_at is not None:
             self._log.warning("stopping_at_once", signal=signal.Signals(numbers[-1]).name)
             self._stop_at = 0.0
@@ -306,7 +336,7 @@ def _lock(path: str, stack: ExitStack) -> None:
 
 @contextmanager
 def _signals() -> Iterator[socket.socket]:
-    """A socket that becomes readable with the number of each SIGTERM and SIGINT.
+    """A socket that becomes readable with the number of each SIGTERM, SIGINT and SIGHUP.
 
     A handler that sets a flag would not do: it does not wake zmq's poll, which is retried with its whole time-out.
     """
@@ -314,7 +344,7 @@ def _signals() -> Iterator[socket.socket]:
     reader.setblocking(False)
     writer.setblocking(False)
     former_fd = signal.set_wakeup_fd(writer.fileno())
-    former: Mapping[int, object] = {n: signal.signal(n, _noted) for n in (signal.SIGTERM, signal.SIGINT)}
+    former: Mapping[int, object] = {n: signal.signal(n, _noted) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     try:
         yield reader
     finally:

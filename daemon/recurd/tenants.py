@@ -105,13 +105,17 @@ class Tenants:
         authentication, where a user's name is its tenant's.
         """
         # One tenant that has the daemon for itself pays for no accounts.
-        self._is_shared = users is not None or bool(sections)
+        self._is_shared = False
         self._shares: dict[str, Share] = {}
         self._known: dict[str, Tenant] = {}
         self.change(sections or {}, users)
 
     def change(self, sections: Mapping[str, config.Tenant], users: Mapping[str, str] | None) -> None:
-        """Take other rights and keys from now on; shares keep what their tenants hold."""
+        """Take other rights and keys from now on; shares keep what their tenants hold.
+
+        A daemon that had neither counts what is opened from then on.
+        """
+        self._is_shared |= users is not None or bool(sections)
         self._sections = dict(sections)
         self._users = None if users is None else dict(users)
         self._known.clear()

@@ -325,7 +325,7 @@ class Stop(server.Server):
 
 server.Server = Stop
 settings = Config(bind=("tcp://127.0.0.1:0",), metrics="127.0.0.1:0", device="cpu", models=(Model(path=sys.argv[1]),))
-status = server.serve(settings)
+status = server.serve(lambda: settings)
 heavy = {"torch", "keras", "tensorflow", "jax", "onnxscript", "recurd_export"} & set(sys.modules)
 print(status, *sorted(heavy))
 """
@@ -334,3 +334,24 @@ print(status, *sorted(heavy))
     )
 
     assert result.stdout == "0\n", result.stdout + result.stderr
+
+
+def test_sighup_changes_tenants_at_once_and_what_cannot_be_read_changes_nothing(pump: Path, tmp_path: Path) -> None:
+    file = tmp_path / "recurd.toml"
+    settings = f'bind = ["tcp://127.0.0.1:*"]\nmetrics = ""\n[[models]]\npath = "{pump}"\n'
+    file.write_text(settings)
+    with Process(tmp_path, "--config", file) as daemon, Dealer(daemon.ready().endpoint) as dealer:
+        handle = dealer.handle("hall-1")
+
+        file.write_text(settings + '[tenants.local]\nstreams = ["hall-*"]\nrights = ["stream"]\n')
+        daemon.process.send_signal(signal.SIGHUP)
+        eventually(lambda: "reloaded" in daemon.log)
+        assert dealer.ask(opening("cellar")).code == "forbidden"
+        assert dealer.ask(wire.pack(Type.RESET, handle=handle, seq=1, generation=1)).code == "forbidden"
+
+        file.write_text(settings + "[tenants.local]\nstreams = 1\n")
+        daemon.process.send_signal(signal.SIGHUP)
+        eventually(lambda: "reload_failed" in daemon.log)
+        assert "tenants.local.streams: expected `array`, got `int`" in daemon.log
+        assert dealer.ask(opening("cellar")).code == "forbidden"
+        assert daemon.stop(signal.SIGTERM) == 0

@@ -1,5 +1,6 @@
 """``recurd serve``: flags over a configuration file, then the daemon."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,16 +44,17 @@ Exit codes: 0 stopped as asked, 65 a model file is not good, 69 no such device, 
 def serve(ctx: click.Context, /, check: bool, **flags: Any) -> None:
     """Serve MODELS (files written by 'recurd export') to live streams until SIGTERM or Ctrl-C.
 
-    Every other bound and time-out is a key of the configuration file.
+    Every other bound and time-out is a key of the configuration file. SIGHUP reads it again: tenants change at once.
     """
-    settings = build_config(**flags)
+    read = partial(build_config, **flags)
     if check:
+        settings = read()
         names = _check_models(settings)
         click.echo(f"recurd: the configuration is good; it serves {', '.join(names)} at {', '.join(settings.bind)}")
         return
     from recurd import server  # what 'serve --help' does without
 
-    ctx.exit(server.serve(settings))
+    ctx.exit(server.serve(read))
 
 
 def build_config(
