@@ -14,13 +14,14 @@ lane is taken.
 """
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from recurd import wire
+from recurd.admin import Admin
 from recurd.arena import Device, Store
 from recurd.config import Config
 from recurd.errors import Broken, Code, Refused
@@ -58,10 +59,12 @@ class Engine:
         clock: Callable[[], float],
         log: "FilteringBoundLogger",
         tenants: Tenants | None = None,
+        process_commands: Collection[str] = (),
     ) -> None:
         """``models`` by the name clients use; ``clock`` only measures how long something took.
 
         ``tenants``: whose users there are; without them those of a daemon without authentication.
+        ``process_commands``: ADMIN commands that the caller carries out, see :attr:`admin`.
         """
         limits = config.limits
         self._stats = stats
@@ -98,6 +101,8 @@ class Engine:
             stats=stats,
             log=log,
         )
+        #: ADMIN commands; its ``requests`` are the caller's to carry out and to answer.
+        self.admin = Admin(self._outbox, {}, process_commands)
         # in flight
         self._turns = deque(self._lanes.values())
 
@@ -175,6 +180,8 @@ class Engine:
             self._outbox.send_control(peer, (wire.pack(wire.Type.PONG, seq=header.seq), b""))
         elif header.type == wire.Type.HELLO:
             self._lifecycle.hello(header, payload, peer)
+        elif header.type == wire.Type.ADMIN:
+            self.admin.receive(header, payload, peer, now)
         else:
             raise Refused(Code.UNKNOWN_TYPE, f"message type {header.type} is not known here")
 

@@ -11,7 +11,7 @@ little-endian, followed by ``size`` bytes of payload::
      6  code        u16      errors.Code in an ERROR, else 0
      8  size        u32      payload bytes
     12  steps       u32      time steps in the payload; in a MULTI the number of records
-    16  width       u32      elements a step, all heads of a result together
+    16  width       u32      elements a step, all heads of a result together (ADMIN, REPORT: bytes behind the JSON)
     20  generation  u32      of the stream
     24  handle      u64      of the stream, from OPENED
     32  seq         u64      number of the chunk or reset in its stream; in control messages a request id, echoed
@@ -74,12 +74,14 @@ class Type(IntEnum):
     RESET = 0x05
     CLOSE = 0x06
     PING = 0x08
+    ADMIN = 0x09
     WELCOME = 0x81
     OPENED = 0x82
     RESULT = 0x83
     DONE = 0x85
     CLOSED = 0x86
     PONG = 0x88
+    REPORT = 0x89
     ERROR = 0x8F
 
 
@@ -168,6 +170,21 @@ def control(type: int, body: Any, *, code: int = 0, generation: int = 0, handle:
     """A message with a JSON body (a msgspec struct or a dict)."""
     payload = msgspec.json.encode(body)
     return pack(type, code=code, size=len(payload), generation=generation, handle=handle, seq=seq), payload
+
+
+def control_with_data(type: int, body: Any, data: Buffer, *, seq: int = 0) -> Record:
+    """An ADMIN or REPORT: a JSON body, and binary data behind it."""
+    text = msgspec.json.encode(body)
+    return pack(type, size=len(text) + len(data), width=len(data), seq=seq), b"".join((text, data))
+
+
+def body_and_data(header: Header, payload: Buffer) -> tuple[memoryview, memoryview]:
+    """The JSON of an ADMIN or REPORT, and the data behind it. Raises :class:`Refused` (``bad_frame``)."""
+    end = len(payload) - header.width
+    if end < 0:
+        raise Refused(Code.BAD_FRAME, f"{header.width} bytes of data are announced, {len(payload)} came")
+    view = memoryview(payload)
+    return view[:end], view[end:]
 
 
 def frame(record: Record) -> bytes:
@@ -341,6 +358,12 @@ class Opened(msgspec.Struct, kw_only=True, frozen=True):
     credit: int
     max_chunk_steps: int
     idle_timeout_seconds: float
+
+
+class Admin(msgspec.Struct, kw_only=True, frozen=True):
+    """ADMIN: something that whoever runs the daemon asks of it. Each command has keys of its own beside this one."""
+
+    command: str
 
 
 class Error(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):

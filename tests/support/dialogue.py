@@ -1,7 +1,7 @@
 """Speaking the protocol by hand: messages as a client sends them, answers taken apart, an engine without sockets."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +52,10 @@ def reset(handle: int, seq: int, *, generation: int = 1, ack: int = 0) -> wire.R
 
 def closing(handle: int, *, seq: int = 0) -> bytes:
     return wire.pack(Type.CLOSE, handle=handle, seq=seq)
+
+
+def admin(command: str, data: bytes = b"", *, seq: int = 0, **keys: Any) -> wire.Record:
+    return wire.control_with_data(Type.ADMIN, {"command": command} | keys, data, seq=seq)
 
 
 def ping(seq: int) -> bytes:
@@ -125,6 +129,7 @@ class Desk:
         *,
         slots: int = 0,
         tenants: Tenants | None = None,
+        process_commands: Collection[str] = (),
     ) -> None:
         self.models = models
         self.tenants = tenants or Tenants((config or Config()).tenants)
@@ -141,6 +146,7 @@ class Desk:
                 None, processors=[self._note], wrapper_class=structlog.make_filtering_bound_logger(0)
             ),
             tenants=self.tenants,
+            process_commands=process_commands,
         )
         self._inboxes: dict[bytes, list[Reply]] = {}
 

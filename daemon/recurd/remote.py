@@ -1,0 +1,110 @@
+"""A daemon, for whoever runs it: ADMIN messages over a connection of one's own.
+
+Commands are such that asking twice does no harm, so a connection that breaks, or that the daemon has forgotten, is
+greeted again and the command repeated.
+"""
+
+import itertools
+import time
+from types import TracebackType
+from typing import Any
+
+import zmq
+
+from recurd import __version__, wire
+from recurd.errors import Code, Refused, Unanswered
+
+#: How long to wait before asking again what was answered with ``busy``.
+_LEAST_PAUSE_SECONDS = 0.01
+
+
+class Remote:
+    """One DEALER socket to a daemon. A context manager; for one thread."""
+
+    def __init__(self, endpoint: str, timeout_seconds: float = 30.0) -> None:
+        """``timeout_seconds`` bounds every answer. Raises :class:`Unanswered` without a daemon, :class:`Refused`."""
+        self.endpoint = endpoint
+        self._timeout_seconds = timeout_seconds
+        self._numbers = itertools.count(1)
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._socket = self._context.socket(zmq.DEALER)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.setsockopt(zmq.SNDTIMEO, int(timeout_seconds * 1000))
+        try:
+            self._socket.connect(endpoint)
+            self.welcome = self._greet()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> "Remote":
+        return self
+
+    def __exit__(
+        self, type: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the connection."""
+        self._socket.close()
+        self._context.term()
+
+    def ask(self, command: str, data: wire.Buffer = b"", **keys: Any) -> tuple[dict[str, Any], memoryview]:
+        """Have a command carried out: the REPORT's body, and the data behind it.
+
+        While the daemon is busy it is asked again, until the time-out.
+
+        Raises:
+            Refused: the daemon did not do it; ``code`` says why.
+            Unanswered: no answer in time; whether it was done is not known.
+        """
+        end = time.monotonic() + self._timeout_seconds
+        while True:
+            number = next(self._numbers)
+            record = wire.control_with_data(wire.Type.ADMIN, {"command": command} | keys, data, seq=number)
+            try:
+                header, payload = self._exchange(record, number, end)
+                text, behind = wire.body_and_data(header, payload)
+                return wire.decode_body(text, dict[str, Any]), behind
+            except Refused as refusal:
+                if refusal.code is Code.HELLO_REQUIRED:
+                    self.welcome = self._greet()
+                elif refusal.code is Code.BUSY and time.monotonic() < end:
+                    time.sleep(max(_LEAST_PAUSE_SECONDS, refusal.retry_after_seconds or 0))
+                else:
+                    raise
+
+    def _greet(self) -> wire.Welcome:
+        body = wire.Hello(client=f"recurd/{__version__}")
+        number = next(self._numbers)
+        record = wire.control(wire.Type.HELLO, body, seq=number)
+        _, payload = self._exchange(record, number, time.monotonic() + self._timeout_seconds)
+        return wire.decode_body(payload, wire.Welcome)
+
+    def _exchange(self, record: wire.Record, number: int, end: float) -> tuple[wire.Header, memoryview]:
+        """Send one message and wait for its answer. Raises :class:`Refused` for an ERROR, :class:`Unanswered`."""
+        try:
+            self._socket.send(wire.frame(record))
+        except zmq.Again as error:
+            raise self._unanswered() from error
+        while self._socket.poll(max(0, int((end - time.monotonic()) * 1000))):
+            header, payload = wire.decode(self._socket.recv())
+            if header.seq != number:
+                continue  # the answer to something that was given up
+            if header.type == wire.Type.ERROR:
+                raise _error(header, payload)
+            return header, payload
+        raise self._unanswered()
+
+    def _unanswered(self) -> Unanswered:
+        return Unanswered(f"no answer from {self.endpoint} within {self._timeout_seconds:g} s")
+
+
+def _error(header: wire.Header, payload: memoryview) -> Refused:
+    body = wire.decode_body(payload, wire.Error)
+    try:
+        code = Code(header.code)
+    except ValueError:
+        code = Code.INTERNAL
+    return Refused(code, body.text, retry_after_seconds=body.retry_after_seconds)

@@ -1,0 +1,73 @@
+"""Commands of whoever runs the daemon: who may give them, and who carries them out."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dialogue import Desk, admin
+from process import Process
+from recurd.config import Config, override
+from recurd.errors import Code, Refused
+from recurd.model import Model
+from recurd.remote import Remote
+from recurd.wire import Type, pack
+from recurrent import Network
+
+PUMP = Network()
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return PUMP.save(tmp_path_factory.mktemp("models") / "pump.onnx", proof=True)
+
+
+@pytest.fixture(scope="module")
+def model(file: Path) -> Model:
+    return Model.load(file, slots=4, threads=1)
+
+
+def test_a_command_that_the_process_carries_out_is_put_out_and_answered_when_it_is_done(model: Model) -> None:
+    desk = Desk({"pump": model}, process_commands=("reload",))
+    caller = desk.connect()
+    caller.send(admin("reload", b"\x01\x02", seq=7, model="pump"))
+    assert caller.take() == []
+
+    (request,) = desk.engine.admin.requests()
+    assert desk.engine.admin.requests() == []
+    assert (request.command, request.read(dict)["model"], bytes(request.data)) == ("reload", "pump", b"\x01\x02")
+    desk.engine.admin.report(request, {"done": 1}, b"xyz")
+    (report,) = caller.take()
+    assert (report.type, report.header.seq, report.header.width) == (Type.REPORT, 7, 3)
+    assert (json.loads(report.payload[:-3]), report.payload[-3:]) == ({"done": 1}, b"xyz")
+
+    caller.send(admin("reload"))
+    (request,) = desk.engine.admin.requests()
+    desk.engine.admin.refuse(request, Refused(Code.BUSY, "later", retry_after_seconds=1))
+    assert caller.take()[0].code == "busy"
+
+
+def test_commands_that_are_not_there_or_not_readable_are_refused(model: Model) -> None:
+    caller = Desk({"pump": model}, process_commands=("reload",)).connect()
+    unknown = caller.ask(admin("fly"))
+    assert (unknown.code, "reload" in unknown.body["text"]) == ("bad_request", True)
+    assert caller.ask((pack(Type.ADMIN, size=2), b"{}")).code == "bad_request"
+    assert caller.ask((pack(Type.ADMIN, size=2, width=3), b"{}")).code == "bad_frame"
+
+
+def test_it_takes_the_right(model: Model) -> None:
+    config = override(Config(), {"tenants": {"boss": {"rights": ["admin"]}, "hand": {"rights": ["stream"]}}})
+    desk = Desk({"pump": model}, config, process_commands=("reload",))
+    assert desk.connect("a", tenant="hand").ask(admin("reload")).code == "forbidden"
+    desk.connect("b", tenant="boss").send(admin("reload"))
+    assert [request.peer.tenant for request in desk.engine.admin.requests()] == ["boss"]
+
+
+def test_a_command_goes_over_a_socket_and_a_refusal_comes_back(file: Path, tmp_path: Path) -> None:
+    with Process(tmp_path, file, "--bind", f"ipc://{tmp_path}/socket", "--metrics", "") as daemon:
+        daemon.ready()
+        with Remote(f"ipc://{tmp_path}/socket", 10) as remote:
+            assert remote.welcome.tenant == "local"
+            with pytest.raises(Refused, match="there is no command 'fly'") as refused:
+                remote.ask("fly")
+            assert refused.value.code is Code.BAD_REQUEST
