@@ -21,11 +21,12 @@ _KEPT_LINES = 20
 
 
 class Child:
-    """A running daemon. ``endpoint`` is the address it bound."""
+    """A running daemon. ``endpoint`` is the address it bound, ``metrics`` that of /metrics ("off" for none)."""
 
-    def __init__(self, process: subprocess.Popen[str], endpoint: str) -> None:
+    def __init__(self, process: subprocess.Popen[str], endpoint: str, metrics: str) -> None:
         self._process = process
         self.endpoint = endpoint
+        self.metrics = metrics
 
     @property
     def pid(self) -> int:
@@ -52,16 +53,17 @@ class _Line(msgspec.Struct):
 
     event: str = ""
     bind: str = ""
+    metrics: str = ""
 
 
 @contextlib.contextmanager
-def serving(arguments: Sequence[str]) -> Iterator[Child]:
+def serving(arguments: Sequence[str], *, metrics: str = "") -> Iterator[Child]:
     """``recurd serve`` with these arguments on a free loopback port, ready when this returns, stopped at the end.
 
     SIGTERM to this process is a KeyboardInterrupt meanwhile, as Ctrl-C is. To be called on the main thread. Raises
     :class:`StartError` with the child's own sentence and exit code when it does not start.
     """
-    command = [sys.executable, "-m", "recurd", "serve", *arguments, "--bind", "tcp://127.0.0.1:*", "--metrics", ""]
+    command = [sys.executable, "-m", "recurd", "serve", *arguments, "--bind", "tcp://127.0.0.1:*", "--metrics", metrics]
     command += ["--log-format", "json", "--log-level", "info"]
     environ = {key: value for key, value in os.environ.items() if key not in ("NOTIFY_SOCKET", "JOURNAL_STREAM")}
     lines: deque[str] = deque(maxlen=_KEPT_LINES)
@@ -72,24 +74,24 @@ def serving(arguments: Sequence[str]) -> Iterator[Child]:
         with process.stderr as stderr:
             try:
                 interrupts.release()
-                endpoint = _await_ready(process, stderr, lines)
+                ready = _await_ready(process, stderr, lines)
                 # Read on, or a talkative daemon would block on its full pipe.
                 reader = Thread(target=lines.extend, args=(stderr,), daemon=True)
                 reader.start()
-                yield Child(process, endpoint)
+                yield Child(process, ready.bind, ready.metrics)
             finally:
                 interrupts.hold()
                 _stop(process)
             reader.join(_STOP_SECONDS)
 
 
-def _await_ready(process: subprocess.Popen[str], stderr: IO[str], lines: deque[str]) -> str:
+def _await_ready(process: subprocess.Popen[str], stderr: IO[str], lines: deque[str]) -> _Line:
     for line in stderr:
         lines.append(line.strip())
         with contextlib.suppress(msgspec.DecodeError):
             found = msgspec.json.decode(line, type=_Line)
             if found.event == "ready":
-                return found.bind
+                return found
     code = process.wait()
     said = next((line.removeprefix("recurd: ") for line in reversed(lines) if line.startswith("recurd: ")), None)
     error = StartError(said or "\n".join([f"the daemon did not start, it ended with status {code}", *lines]))

@@ -41,7 +41,7 @@ class Connection:
     def hello(self) -> wire.Welcome:
         """Say HELLO."""
         body = wire.Hello(client="recurd bench", multi=True)
-        ((header, payload),) = self._ask([wire.control(wire.Type.HELLO, body)], self._timeout_seconds)
+        ((header, payload),) = self.ask([wire.control(wire.Type.HELLO, body)], self._timeout_seconds)
         _raise_error(header, payload)
         return wire.decode_body(payload, wire.Welcome)
 
@@ -53,7 +53,7 @@ class Connection:
                 for name in names[start : start + _CONTROL_BATCH]
             ]
             records = [wire.control(wire.Type.OPEN, body, seq=seq) for seq, body in enumerate(bodies)]
-            answers = sorted(self._ask(records, self._timeout_seconds), key=lambda answer: answer[0].seq)
+            answers = sorted(self.ask(records, self._timeout_seconds), key=lambda answer: answer[0].seq)
             opened += [header for header, _ in answers if header.type == wire.Type.OPENED]
             for header, payload in answers:
                 _raise_error(header, payload)
@@ -66,9 +66,9 @@ class Connection:
                 (wire.pack(wire.Type.CLOSE, handle=h.handle, generation=h.generation, seq=seq), b"")
                 for seq, h in enumerate(part)
             ]
-            self._ask(records, min(self._timeout_seconds, _CLOSE_SECONDS))
+            self.ask(records, min(self._timeout_seconds, _CLOSE_SECONDS))
 
-    def _ask(self, records: Sequence[wire.Record], seconds: float) -> list[tuple[wire.Header, memoryview]]:
+    def ask(self, records: Sequence[wire.Record], seconds: float) -> list[tuple[wire.Header, memoryview]]:
         """Send control messages and wait for as many answers; results in between are left unread."""
         for record in records:
             self.send(wire.frame(record))
