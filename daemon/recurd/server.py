@@ -6,6 +6,7 @@ included: while it runs, ZeroMQ's own I/O thread fills the socket's queue, and t
 """
 
 import fcntl
+import gc
 import os
 import signal
 import socket
@@ -219,6 +220,10 @@ class Server:
         self._next_beat = now + self._beat_seconds
         self._health.progress(now)
         self._notifier.watchdog()
+        # A full collection of garbage would look at a million streams and hold them all up for a second. What lives by
+        # now is not looked at again; it is let go when nothing refers to it any more, as everything here is.
+        gc.collect(1)
+        gc.freeze()
         if self._durable is not None:
             self._durable.look(now)
         if self._stop_at is None:
