@@ -35,6 +35,8 @@ class Model(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     name: Annotated[str, msgspec.Meta(min_length=1)] | None = None
     #: Streams whose state the device holds; ``None``: the top-level ``slots``.
     slots: Count | None = None
+    #: Idle time-out of its streams; ``None``: that of ``timeouts``.
+    stream_idle_seconds: Seconds | None = None
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

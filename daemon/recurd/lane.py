@@ -65,6 +65,11 @@ class Lane:
         #: Streams of the model, and how many there may be: as many as have room for their states. None is waited for
         #: in memory where there is a journal.
         self.streams = 0
+        #: Idle time-out of its streams, and the longest that one may ask for.
+        self.idle_seconds = config.timeouts.stream_idle_seconds
+        for model in config.models:
+            if model.name == name and model.stream_idle_seconds is not None:
+                self.idle_seconds = model.stream_idle_seconds
         self._max_streams = device.slots + config.limits.host_state_bytes // device.row_bytes
         self.stats = stats
         self.scheduler = Scheduler(

@@ -219,17 +219,15 @@ class Lifecycle:
             )
         if request.mode not in ("auto", "resume", "new"):
             raise Refused(Code.BAD_REQUEST, f"mode '{request.mode}' is not auto, resume or new")
-        idle = request.idle_timeout_seconds
-        if idle is not None and not 0 < idle <= self._timeouts.stream_idle_seconds:
-            raise Refused(
-                Code.BAD_REQUEST,
-                f"idle_timeout_seconds is more than 0 and at most {self._timeouts.stream_idle_seconds:g}",
-            )
         rights.demand_stream(request.stream, request.model)
         lane = self._lanes.get(request.model)
         if lane is None:
             names = ", ".join(sorted(self._models(rights)))
             raise Refused(Code.UNKNOWN_MODEL, f"there is no model '{request.model}', only {names}")
+        idle = request.idle_timeout_seconds
+        if idle is not None and not 0 < idle <= lane.idle_seconds:
+            text = f"idle_timeout_seconds is more than 0 and at most {lane.idle_seconds:g}"
+            raise Refused(Code.BAD_REQUEST, text)
         return lane
 
     def _check_resume(self, stream: Stream | None, request: wire.Open, peer: Peer) -> None:
@@ -260,7 +258,7 @@ class Lifecycle:
             name=request.stream,
             lane=lane,
             generation=1 if ending is None else ending.generation + 1,
-            idle_timeout=request.idle_timeout_seconds or self._timeouts.stream_idle_seconds,
+            idle_timeout=request.idle_timeout_seconds or lane.idle_seconds,
             now=now,
         )
         stream.share = self._tenants.share(peer.tenant, self._room)

@@ -17,6 +17,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING
 
 import zmq
+from msgspec import structs
 
 from recurd import config, systemd, verify
 from recurd.engine import Engine
@@ -81,6 +82,8 @@ class Server:
         for name, model in self._models.items():
             labels[name] = ModelLabels(model.contract.version, model.device, model.contract.weights_sha256[:12])
         stats.state_bytes = sum(model.state_bytes for model in self._models.values())
+        named = (structs.replace(entry, name=name) for entry, name in zip(settings.models, self._models, strict=True))
+        settings = structs.replace(settings, models=tuple(named))
         self._tenants = Tenants(settings.tenants)
         self._engine = Engine(
             settings,

@@ -79,7 +79,8 @@ def test_the_shipped_examples_decode(tmp_path: Path) -> None:
 
     config = load(write(tmp_path, example))
 
-    assert config.models == (Model(path=str(tmp_path / "models/pump.onnx"), name="pump", slots=1024),)
+    path = str(tmp_path / "models/pump.onnx")
+    assert config.models == (Model(path=path, name="pump", slots=1024, stream_idle_seconds=3600),)
     assert config.tenants == {
         "gateway-7": Tenant(
             models=("pump*",),

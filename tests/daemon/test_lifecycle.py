@@ -10,6 +10,7 @@ import pytest
 from dialogue import Caller, Desk, chunk, closing, hello, opening, ping, reset
 from recurd import wire
 from recurd.config import Config, Limits, Timeouts
+from recurd.config import Model as ModelFile
 from recurd.model import Model
 from recurd.wire import Flag, Type
 from recurrent import Array, Network
@@ -442,6 +443,19 @@ def test_an_idle_stream_expires_and_its_client_is_told_what_was_lost(open_desk: 
     np.testing.assert_array_equal(push(caller, again.header.handle, generation=3), first)
     (event,) = [event for event in desk.events if event["event"] == "stream_ended"]
     assert (event["reason"], event["stream"], event["last_seq"], event["level"]) == ("expired", "s", 2, "info")
+
+
+def test_a_models_own_time_out_counts_for_its_streams_only(open_desk: OpenDesk) -> None:
+    models = (ModelFile(path="pump.onnx", name="pump", stream_idle_seconds=10.0), ModelFile(path="v", name="valve"))
+    desk = open_desk(models=models, timeouts=Timeouts(stream_idle_seconds=100, peer_idle_seconds=1e6))
+    caller = desk.connect()
+
+    assert caller.open("p").body["idle_timeout_seconds"] == 10
+    assert caller.open("v", "valve").body["idle_timeout_seconds"] == 100
+    assert caller.open("q", idle_timeout_seconds=11).code == "bad_request"
+    desk.now += 10
+    desk.tick()
+    assert (desk.stats.streams, desk.stats.streams_ended["expired"]) == ({"attached": 1, "detached": 0}, 1)
 
 
 def test_every_record_keeps_a_stream_alive(open_desk: OpenDesk) -> None:
