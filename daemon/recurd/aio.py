@@ -5,6 +5,7 @@ Everything runs on the event loop that connected: the sockets' file descriptors 
 """
 
 import asyncio
+import math
 from collections.abc import Awaitable, Callable, Generator, Mapping
 from functools import partial
 from types import TracebackType
@@ -101,11 +102,15 @@ class Client(Connection):
         return Stream(self, writer)
 
     async def push_many(
-        self, chunks: "Mapping[Stream, npt.ArrayLike]", *, timeout_seconds: float | None = None
+        self,
+        chunks: "Mapping[Stream, npt.ArrayLike]",
+        *,
+        timeout_seconds: float | None = None,
+        expires_seconds: float | None = None,
     ) -> "dict[Stream, Result]":
         """Push a chunk to each of many streams at once; see :meth:`recurd.client.Client.push_many`."""
         deadline = self._deadline(timeout_seconds)
-        futures = await self.submit_many(chunks, timeout_seconds=timeout_seconds)
+        futures = await self.submit_many(chunks, timeout_seconds=timeout_seconds, expires_seconds=expires_seconds)
         done = asyncio.gather(*futures.values(), return_exceptions=True)
         place = "the chunks keep their places and must not be sent again"
         late = partial(self._no_answer, f"a push to {len(futures)} streams", self._seconds(timeout_seconds), place)
@@ -113,22 +118,26 @@ class Client(Connection):
         return {stream: future.result() for stream, future in futures.items()}
 
     async def submit_many(
-        self, chunks: "Mapping[Stream, npt.ArrayLike]", *, timeout_seconds: float | None = None
+        self,
+        chunks: "Mapping[Stream, npt.ArrayLike]",
+        *,
+        timeout_seconds: float | None = None,
+        expires_seconds: float | None = None,
     ) -> "dict[Stream, asyncio.Future[Result]]":
         """Send a chunk to each of many streams at once; see :meth:`recurd.client.Client.submit_many`."""
         self._check_open()
         deadline = self._deadline(timeout_seconds)
-        payloads = {stream: stream._payload(x) for stream, x in chunks.items()}
+        records = {stream: (stream._payload(x), stream._starts_by(expires_seconds)) for stream, x in chunks.items()}
         taken: list[Stream] = []
         try:
-            for stream in payloads:
+            for stream in records:
                 await stream._take_room(deadline, timeout_seconds)
                 taken.append(stream)
         except BaseException:
             for stream in taken:
                 stream._room.release()
             raise
-        return {stream: stream._send(payload) for stream, payload in payloads.items()}
+        return {stream: stream._send(payload, starts_by) for stream, (payload, starts_by) in records.items()}
 
     async def close(self) -> None:
         """Close the connection. What is unanswered fails with :class:`Unanswered`. May be called twice."""
@@ -152,6 +161,9 @@ class Client(Connection):
 
     def __repr__(self) -> str:
         return f"<recurd asyncio client of {self.endpoint}{' (closed)' if self._closed else ''}>"
+
+    def _now(self) -> float:
+        return self._loop.time()
 
     def _check_open(self) -> None:
         if self._closed:
@@ -215,19 +227,23 @@ class Stream(OpenStream):
         self._client = client
         self._room = asyncio.Semaphore(client._queue_limit)
 
-    async def push(self, x: npt.ArrayLike, *, timeout_seconds: float | None = None) -> Result:
+    async def push(
+        self, x: npt.ArrayLike, *, timeout_seconds: float | None = None, expires_seconds: float | None = None
+    ) -> Result:
         """Send a chunk and wait for its result; see :meth:`recurd.client.Stream.push`.
 
         When the task is cancelled meanwhile, the chunk keeps its place: it may have run, or may run yet.
         """
         deadline = self._client._deadline(timeout_seconds)
-        reply = await self.submit(x, timeout_seconds=timeout_seconds)
+        reply = await self.submit(x, timeout_seconds=timeout_seconds, expires_seconds=expires_seconds)
         result: Result = await _answer(reply, deadline, self._late(self._client._seconds(timeout_seconds)))
         return result
 
-    async def submit(self, x: npt.ArrayLike, *, timeout_seconds: float | None = None) -> "asyncio.Future[Result]":
+    async def submit(
+        self, x: npt.ArrayLike, *, timeout_seconds: float | None = None, expires_seconds: float | None = None
+    ) -> "asyncio.Future[Result]":
         """Send a chunk without waiting for its result; see :meth:`recurd.client.Stream.submit`."""
-        return await self._submit(self._payload(x), timeout_seconds)
+        return await self._submit(self._payload(x), timeout_seconds, self._starts_by(expires_seconds))
 
     async def reset(self, *, timeout_seconds: float | None = None) -> None:
         """Start afresh after the chunks handed in before; see :meth:`recurd.client.Stream.reset`."""
@@ -252,14 +268,16 @@ class Stream(OpenStream):
             late = partial(self._no_room, self._client._seconds(timeout_seconds))
             await _answer(self._room.acquire(), deadline, late)
 
-    async def _submit(self, payload: Payload | None, timeout_seconds: float | None) -> "asyncio.Future[Any]":
+    async def _submit(
+        self, payload: Payload | None, timeout_seconds: float | None, starts_by: float = math.inf
+    ) -> "asyncio.Future[Any]":
         self._client._check_open()
         await self._take_room(self._client._deadline(timeout_seconds), timeout_seconds)
-        return self._send(payload)
+        return self._send(payload, starts_by)
 
-    def _send(self, payload: Payload | None) -> "asyncio.Future[Any]":
+    def _send(self, payload: Payload | None, starts_by: float) -> "asyncio.Future[Any]":
         reply = self._client._loop.create_future()
-        self._client._session.submit(self._writer, (Record((reply, self._room), payload),))
+        self._client._session.submit(self._writer, (Record((reply, self._room), payload, starts_by),))
         self._client._turn_soon()
         return reply
 

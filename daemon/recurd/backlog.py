@@ -8,10 +8,12 @@ what waits, and is numbered again when its turn comes::
               +- put back -+   a record before it was refused, or it is itself to come again later
 """
 
+import math
 from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
+from recurd import wire
 from recurd.signature import Payload
 
 
@@ -19,16 +21,22 @@ class Record:
     """A chunk or a reset on its way. ``generation`` is set with its number, and ``sent`` counts the times it went out
     under that."""
 
-    __slots__ = ("generation", "payload", "sent", "seq", "token")
+    __slots__ = ("generation", "payload", "sent", "seq", "starts_by", "token")
 
-    def __init__(self, token: Any, payload: Payload | None) -> None:
-        """``payload`` ``None`` is a reset."""
+    def __init__(self, token: Any, payload: Payload | None, starts_by: float = math.inf) -> None:
+        """``payload`` ``None`` is a reset; ``starts_by``: when it is too late for the daemon to start it."""
         self.token = token
         self.payload = payload
+        self.starts_by = starts_by
         self.generation = 0
         #: The number it has, or had last: put back, it mostly gets the same again.
         self.seq = 0
         self.sent = 0
+
+    @property
+    def attempt(self) -> int:
+        """The flags that tell the last time it went out from those before."""
+        return self.sent << 4 & wire.ATTEMPT
 
 
 class Backlog:
@@ -48,6 +56,8 @@ class Backlog:
         self.errors_to_come: set[int] = set()
         #: What was in flight has to be sent again.
         self.resend = False
+        #: Records that were late before they could go out.
+        self.late: list[Record] = []
 
     def start(self, last_seq: int, generation: int) -> None:
         """Number on from what the daemon knows of the stream."""
@@ -64,10 +74,11 @@ class Backlog:
         record = self.in_flight.get(seq + 1)
         return None if record is None else record.generation
 
-    def to_send(self, window: int) -> Iterator[tuple[int, Record]]:
-        """Take what may go out now, with its numbers: what has to go again, then waiting ones.
+    def to_send(self, window: int, now: float) -> Iterator[tuple[int, Record]]:
+        """Take what may go out now, with its numbers: what has to go again, then waiting ones that are not late.
 
-        Never more than ``window`` records are in flight. Sends nothing while errors are to come.
+        Never more than ``window`` records are in flight. Sends nothing while errors are to come. What goes again does
+        so however late it is: the daemon may have it, and then it has its place.
         """
         if self.errors_to_come:
             return
@@ -76,6 +87,9 @@ class Backlog:
             yield from self.in_flight.items()
         while self.waiting and self.next_seq - self.last_seq <= window:
             record = self.waiting.popleft()
+            if record.starts_by <= now:
+                self.late.append(record)
+                continue
             seq, record.generation = self.next_seq, self.next_generation
             if record.seq != seq:
                 record.seq, record.sent = seq, 0
@@ -83,6 +97,13 @@ class Backlog:
             self.next_seq += 1
             self.next_generation += record.payload is None
             yield seq, record
+
+    def drop_late(self, now: float) -> float:
+        """Take out what waits and is late; when the next of those that wait will be."""
+        if self.waiting and min(record.starts_by for record in self.waiting) <= now:
+            self.late += [record for record in self.waiting if record.starts_by <= now]
+            self.waiting = deque(record for record in self.waiting if record.starts_by > now)
+        return min((record.starts_by for record in self.waiting), default=math.inf)
 
     def answered(self, seq: int) -> None:
         """Forget a record that has its answer."""

@@ -7,6 +7,7 @@ once, but not by another process: open a client after a fork, not before.
 
 import contextlib
 import logging
+import math
 import os
 import socket
 import threading
@@ -143,7 +144,11 @@ class Client(Connection):
         return Stream(self, opening.writer)
 
     def push_many(
-        self, chunks: "Mapping[Stream, npt.ArrayLike]", *, timeout_seconds: float | None = None
+        self,
+        chunks: "Mapping[Stream, npt.ArrayLike]",
+        *,
+        timeout_seconds: float | None = None,
+        expires_seconds: float | None = None,
     ) -> "dict[Stream, Result]":
         """Push a chunk to each of many streams at once (one message) and wait for all results.
 
@@ -151,20 +156,27 @@ class Client(Connection):
         :meth:`submit_many` each can be looked at by itself.
         """
         deadline = self._deadline(timeout_seconds)
-        futures = self.submit_many(chunks, timeout_seconds=timeout_seconds)
+        futures = self.submit_many(chunks, timeout_seconds=timeout_seconds, expires_seconds=expires_seconds)
         for stream, future in futures.items():
             _wait(future, deadline, stream._late(deadline.seconds))
         return {stream: future.result() for stream, future in futures.items()}
 
     def submit_many(
-        self, chunks: "Mapping[Stream, npt.ArrayLike]", *, timeout_seconds: float | None = None
+        self,
+        chunks: "Mapping[Stream, npt.ArrayLike]",
+        *,
+        timeout_seconds: float | None = None,
+        expires_seconds: float | None = None,
     ) -> "dict[Stream, Future[Result]]":
         """Send a chunk to each of many streams at once, in one message; returns the futures of the results.
 
         Nothing is sent when one of the chunks cannot be (TypeError, ValueError) or there is no room for it in time.
         """
         deadline = self._deadline(timeout_seconds)
-        records = {stream: stream._record(stream._payload(x)) for stream, x in chunks.items()}
+        records = {
+            stream: stream._record(stream._payload(x), stream._starts_by(expires_seconds))
+            for stream, x in chunks.items()
+        }
         taken: list[Stream] = []
         try:
             for stream in records:
@@ -197,6 +209,9 @@ class Client(Connection):
 
     def __repr__(self) -> str:
         return f"<recurd client of {self.endpoint}{' (closed)' if self._closing else ''}>"
+
+    def _now(self) -> float:
+        return time.monotonic()
 
     def _deadline(self, timeout_seconds: float | None) -> "_Deadline":
         return _Deadline(self._seconds(timeout_seconds))
@@ -278,12 +293,17 @@ class Stream(OpenStream):
         self._client = client
         self._room = threading.Semaphore(client._queue_limit)
 
-    def push(self, x: npt.ArrayLike, *, timeout_seconds: float | None = None) -> Result:
+    def push(
+        self, x: npt.ArrayLike, *, timeout_seconds: float | None = None, expires_seconds: float | None = None
+    ) -> Result:
         """Send a chunk and wait for its result: ``x [steps, features]`` gives ``y [steps, outputs]``.
 
         Several heads come as a dictionary by head name; a head of the last step comes without the time axis. Numbers
         are converted to the model's type where that is safe. A model of one feature takes ``[steps]`` too, as does one
         of token ids.
+
+        ``expires_seconds``: how long from now the chunk may wait to be started, at most 65.5 s. One that is not by then
+        is refused (``late``) and has not happened. One that was sent, and its connection lost, may have run by then.
 
         Raises:
             TypeError, ValueError: the chunk is not what the model takes; nothing was sent.
@@ -292,18 +312,21 @@ class Stream(OpenStream):
             Unanswered: no result in time. The chunk keeps its place: it may have run, or may run yet.
         """
         deadline = self._client._deadline(timeout_seconds)
-        future = self._submit(self._payload(x), deadline)
+        future = self._submit(self._payload(x), deadline, self._starts_by(expires_seconds))
         _wait(future, deadline, self._late(deadline.seconds))
         result: Result = future.result()
         return result
 
-    def submit(self, x: npt.ArrayLike, *, timeout_seconds: float | None = None) -> Future[Result]:
+    def submit(
+        self, x: npt.ArrayLike, *, timeout_seconds: float | None = None, expires_seconds: float | None = None
+    ) -> Future[Result]:
         """Send a chunk without waiting for its result, which the future will have.
 
         Waits only while ``queue_limit`` chunks of the stream are unanswered; raises then what :meth:`push` raises. A
         callback added to the future runs on the client's own thread: it may submit more, but must not wait for answers.
         """
-        return self._submit(self._payload(x), self._client._deadline(timeout_seconds))
+        deadline = self._client._deadline(timeout_seconds)
+        return self._submit(self._payload(x), deadline, self._starts_by(expires_seconds))
 
     def reset(self, *, timeout_seconds: float | None = None) -> None:
         """Start afresh after the chunks handed in before: the next step starts from the initial state."""
@@ -321,15 +344,15 @@ class Stream(OpenStream):
         _wait(reply, deadline, late)
         reply.result()
 
-    def _record(self, payload: Payload | None) -> Record:
-        return Record(_Reply(self._room), payload)
+    def _record(self, payload: Payload | None, starts_by: float = math.inf) -> Record:
+        return Record(_Reply(self._room), payload, starts_by)
 
     def _take_room(self, deadline: "_Deadline") -> None:
         if not self._room.acquire(timeout=deadline.left()):
             raise self._no_room(deadline.seconds)
 
-    def _submit(self, payload: Payload | None, deadline: "_Deadline") -> Future[Any]:
-        record = self._record(payload)
+    def _submit(self, payload: Payload | None, deadline: "_Deadline", starts_by: float = math.inf) -> Future[Any]:
+        record = self._record(payload, starts_by)
         self._take_room(deadline)
         self._client._hand_over(lambda: self._client._session.submit(self._writer, (record,)))
         future: Future[Any] = record.token

@@ -192,7 +192,9 @@ class Engine:
         lane = stream.lane
         lane.stats.chunks_received += 1
         chunk = Chunk(header.seq, header.generation, now, header.steps, lane.read(header, payload, is_finite))
-        if _accept(stream, chunk):
+        if header.code:
+            chunk.starts_by = now + header.code / 1000
+        if _accept(stream, chunk, header):
             lane.scheduler.add(stream)
 
     def _on_reset(self, header: wire.Header, peer: Peer, now: float) -> None:
@@ -200,7 +202,7 @@ class Engine:
         stream = self._admit(header, peer, now)
         if stream is None:
             return
-        is_first = _accept(stream, Chunk(header.seq, header.generation + 1, now, steps=0))
+        is_first = _accept(stream, Chunk(header.seq, header.generation + 1, now, steps=0), header)
         stream.generation += 1
         if is_first:
             self._settle(stream)
@@ -216,6 +218,8 @@ class Engine:
             record = stream.retained(header)
             if record is not None:
                 self._outbox.send_again(peer, record)
+            else:
+                stream.queue[header.seq - stream.answered - 1].attempt = header.flags & wire.ATTEMPT
             return None
         if stream.closing is not None:
             raise Refused(Code.CLOSED, f"stream '{stream.name}' is being closed")
@@ -234,11 +238,17 @@ class Engine:
             lane = self._turns[0]
             self._turns.rotate(-1)
             if len(lane.scheduler) and not lane.busy:
-                return self._take(lane, now)
+                tick = self._take(lane, now)
+                if tick is not None:
+                    return tick
         return None
 
-    def _take(self, lane: Lane, now: float) -> Tick:
-        rows = lane.scheduler.take()
+    def _take(self, lane: Lane, now: float) -> Tick | None:
+        rows, late = lane.scheduler.take(now)
+        for stream in late:
+            self._refuse_queued(stream, 1, Refused(Code.LATE, "the chunk was not started within the time it gave"))
+        if not rows:
+            return None
         lane.slots.admit([row.stream for row in rows])
         arrived = []
         for row in rows:
@@ -307,20 +317,28 @@ class Engine:
                 self._lifecycle.end(row.stream, code, code.word)
 
     def _take_back(self, stream: Stream, parts: int, code: Code) -> None:
-        """Refuse a stream's records that are not answered: so many as were run, and what was sent behind them."""
+        """Undo what was run of a stream: so many of its records."""
         # Whether the state that was saved last, which is taken from the journal again, is that of a fresh start.
         stream.fresh = stream.untouched = stream.untouched or stream.queue[0].fresh
         stream.lane.slots.drop(stream)
+        why = "raised (the log says why)" if code is Code.FAILED else "gave NaN or infinity"
+        self._refuse_queued(
+            stream, parts, Refused(Code.RUN_FAILED, f"the model's run {why}; the stream is as it was before")
+        )
+
+    def _refuse_queued(self, stream: Stream, count: int, refusal: Refused) -> None:
+        """Refuse so many of a stream's records, and those behind them; their numbers are free again.
+
+        None of them may have left a trace in the state, and the stream is not in line.
+        """
         queued, stream.queue = stream.queue, []
         stream.lane.leave(len(queued), sum(chunk.data.nbytes for chunk in queued), stream.share)
         stream.accepted = stream.answered
-        why = "raised (the log says why)" if code is Code.FAILED else "gave NaN or infinity"
-        failed = Refused(Code.RUN_FAILED, f"the model's run {why}; the stream is as it was before")
         behind = Refused(Code.GAP, "a record before this one was refused", expected=stream.accepted + 1)
         for number, chunk in enumerate(queued):
             stream.generation -= not chunk.steps
             if stream.peer is not None:
-                error = failed if number < parts else behind
+                error = refusal if number < count else behind
                 self._outbox.send_error(stream.peer, header_of(stream, chunk), error)
         if stream.closing is not None:
             self._lifecycle.finish_close(stream)
@@ -444,9 +462,10 @@ class Engine:
         )
 
 
-def _accept(stream: Stream, record: Chunk) -> bool:
+def _accept(stream: Stream, record: Chunk, header: wire.Header) -> bool:
     """Queue a record that was admitted; whether it is the only one. Raises :class:`Refused` (``busy``, ``limit``)."""
     is_first = not stream.queue
+    record.attempt = header.flags & wire.ATTEMPT
     stream.lane.enter(record, is_first, stream.share)
     stream.accepted = record.seq
     stream.queue.append(record)

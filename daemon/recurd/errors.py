@@ -72,6 +72,7 @@ class Code(IntEnum):
     BUSY = 50
     DRAINING = 51
     RUN_FAILED = 52
+    LATE = 54
     # the stream's state is lost
     EXPIRED = 60
     FAILED = 61

@@ -91,6 +91,16 @@ class OpenStream:
         assert self._session.welcome is not None  # as above
         return self._session.welcome.max_message_bytes
 
+    def _starts_by(self, expires_seconds: float | None) -> float:
+        """When it will be too late to start a chunk that is handed in now. Raises ValueError."""
+        if expires_seconds is None:
+            return math.inf
+        if not 0 < expires_seconds <= wire.MAX_EXPIRES_SECONDS:
+            raise ValueError(
+                f"expires_seconds is more than 0 and at most {wire.MAX_EXPIRES_SECONDS:g}, not {expires_seconds}"
+            )
+        return self._connection._now() + expires_seconds
+
     def _late(self, seconds: float | None, what: str = "the chunk") -> "partial[Unanswered]":
         """What makes the error of a call on this stream that has waited long enough."""
         place = f"{what} keeps its place and must not be sent again"
@@ -144,6 +154,10 @@ class Connection:
         """A call's time-out: its own or the client's; ``None`` for infinite, as threads and asyncio want it."""
         seconds = self._timeout_seconds if timeout_seconds is None else timeout_seconds
         return None if math.isinf(seconds) else seconds
+
+    def _now(self) -> float:
+        """The session's clock."""
+        raise NotImplementedError
 
     def _no_daemon(self) -> Unanswered:
         return Unanswered(

@@ -400,4 +400,6 @@ def header_of(stream: Stream, chunk: Chunk) -> wire.Header:
     kind, generation = wire.Type.CHUNK, chunk.generation
     if not chunk.steps:
         kind, generation = wire.Type.RESET, generation - 1
-    return wire.NO_HEADER._replace(type=kind, generation=generation, handle=stream.handle, seq=chunk.seq)
+    return wire.NO_HEADER._replace(
+        type=kind, flags=chunk.attempt, generation=generation, handle=stream.handle, seq=chunk.seq
+    )

@@ -155,7 +155,13 @@ class Outbox:
             last_seq=getattr(error, "last_seq", None),
         )
         record = wire.control(
-            wire.Type.ERROR, body, code=error.code, generation=header.generation, handle=header.handle, seq=header.seq
+            wire.Type.ERROR,
+            body,
+            flags=header.flags & wire.ATTEMPT,
+            code=error.code,
+            generation=header.generation,
+            handle=header.handle,
+            seq=header.seq,
         )
         if header.type in (wire.Type.CHUNK, wire.Type.RESET):
             self.send(peer, record)

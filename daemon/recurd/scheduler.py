@@ -1,7 +1,8 @@
 """Which rows run next, and how many steps of each.
 
 Scheduling is continuous: a stream with queued chunks waits in one line per lane, joins the next tick that it fits and
-goes to the end of the line when there is more to do. No clock: ``take`` is called when the device is idle.
+goes to the end of the line when there is more to do. No clock: ``take`` is called when the device is idle. A chunk that
+may not wait for ever is looked at when the turn of its stream has come.
 
 Three rules shape a tick. At most ``max_steps`` steps of a stream, so that one that backfills hours does not hold up the
 others: a long chunk is sliced over several ticks and its state stays in place. Queued chunks of one stream are joined
@@ -74,17 +75,24 @@ class Scheduler:
         if stream in self._line:
             self._line.remove(stream)
 
-    def take(self) -> list[Row]:
-        """The rows of the next tick, the longest waiting stream first; empty when the line is."""
+    def take(self, now: float) -> tuple[list[Row], list[Stream]]:
+        """The rows of the next tick, the longest waiting stream first; empty when the line is, or all were late.
+
+        The second result are streams whose turn came too late for their oldest chunk: they are in the line no more.
+        """
         rows: list[Row] = []
+        late: list[Stream] = []
         passed: list[Stream] = []
         longest = total = 0
         for _ in range(min(len(self._line), self._max_rows * _LOOK_AHEAD)):
             stream = self._line.popleft()
             chunk = stream.queue[0]
+            if chunk.starts_by < now and not chunk.taken:
+                late.append(stream)
+                continue
             steps = chunk.steps - chunk.taken
             if self._joins and len(stream.queue) > 1:
-                steps = self._joined(stream)
+                steps = self._joined(stream, now)
             steps = min(steps, self._max_steps)
             together = max(longest, steps)
             total += steps
@@ -98,10 +106,10 @@ class Scheduler:
             if len(rows) == self._max_rows:
                 break
         self._line.extendleft(reversed(passed))
-        return rows
+        return rows, late
 
-    def _joined(self, stream: Stream) -> int:
-        """Steps the stream could run in one row, up to the next reset.
+    def _joined(self, stream: Stream, now: float) -> int:
+        """Steps the stream could run in one row, up to the next reset or chunk that is late.
 
         A row that finishes a chunk ends with a chunk: the state after it is one that a client knows of, and the one
         that is saved with the answers.
@@ -109,7 +117,7 @@ class Scheduler:
         steps = 0
         for chunk in stream.queue:
             left = chunk.steps - chunk.taken
-            if not chunk.steps or (steps and steps + left > self._max_steps):
+            if not chunk.steps or (steps and (steps + left > self._max_steps or chunk.starts_by < now)):
                 break
             steps += left
         return steps

@@ -11,6 +11,8 @@ and their numbers are :mod:`recurd.writer`'s; this module knows the connection: 
       +---- connection lost, silent, or the daemon does not know it ----+
 """
 
+import heapq
+import math
 from collections.abc import Iterable
 from enum import Enum
 from typing import Any, NamedTuple
@@ -86,6 +88,8 @@ class Session:
         # in flight
         self._ready: dict[Writer, None] = {}  # those that may have something to send, in order
         self._paused: dict[Writer, None] = {}  # those that wait for their retry_at
+        self._watched: list[tuple[float, int, Writer]] = []  # a heap: those with chunks that may be late before they go
+        self._watches = 0
 
     # --- work handed in ---
 
@@ -105,6 +109,8 @@ class Session:
         """Send chunks and resets of a stream, in order, after those before."""
         for record in records:
             writer.submit(record)
+            if record.starts_by < writer.late_at:
+                self._watch(writer, record.starts_by)
         self._ready[writer] = None
 
     def close(self, writer: Writer, token: Any) -> None:
@@ -215,11 +221,32 @@ class Session:
         if self._state is _State.IDLE:
             return self._connect_at
         if self._state is _State.GREETING:
-            return self._sent_at + self.limits.liveness_seconds
-        return min([self._look_at, *(writer.retry_at for writer in self._paused)])
+            return min(self._sent_at + self.limits.liveness_seconds, self._late_at)
+        return min([self._look_at, self._late_at, *(writer.retry_at for writer in self._paused)])
+
+    @property
+    def _late_at(self) -> float:
+        """When to look for chunks that wait here and are late."""
+        return self._watched[0][0] if self._watched else math.inf
+
+    def _watch(self, writer: Writer, late_at: float) -> None:
+        """Look at a writer's waiting records then; each stands in the heap once, or a few times where they differ."""
+        writer.late_at = late_at
+        self._watches += 1
+        heapq.heappush(self._watched, (late_at, self._watches, writer))
+
+    def _drop_late(self, now: float) -> None:
+        while self._late_at <= now:
+            late_at, _, writer = heapq.heappop(self._watched)
+            if late_at == writer.late_at:
+                writer.drop_late(now)
+                self._settle(writer)
+                if writer.late_at < math.inf:
+                    self._watch(writer, writer.late_at)
 
     def _keep_time(self, now: float) -> None:
-        """Notice what should have come by now."""
+        """Notice what should have come, or gone, by now."""
+        self._drop_late(now)
         for writer in [w for w in self._paused if w.retry_at <= now]:
             del self._paused[writer]
             self._ready[writer] = None
@@ -341,7 +368,7 @@ class Session:
             self.disconnected(now)
         elif body.in_reply_to in (wire.Type.CHUNK, wire.Type.RESET):
             if writer := self._by_handle.get(header.handle):
-                writer.refused(header.seq, error, now)
+                writer.refused(header.seq, header.flags & wire.ATTEMPT, error, now)
                 self._settle(writer)
         elif writer := self._requests.pop(header.seq, None):
             closing = body.in_reply_to == wire.Type.CLOSE

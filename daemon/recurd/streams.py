@@ -5,6 +5,7 @@ time-out or failure. How it ended is remembered for a while, so that a late reco
 """
 
 import heapq
+import math
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -30,7 +31,7 @@ _EXPIRY_SLACK = 64
 class Chunk:
     """A numbered record in a stream's queue: a chunk of steps or, with no steps, a reset."""
 
-    __slots__ = ("arrived", "data", "fresh", "generation", "outputs", "seq", "steps", "taken")
+    __slots__ = ("arrived", "attempt", "data", "fresh", "generation", "outputs", "seq", "starts_by", "steps", "taken")
 
     def __init__(
         self, seq: int, generation: int, arrived: float, steps: int, data: npt.NDArray[Any] = _NO_DATA
@@ -41,6 +42,10 @@ class Chunk:
         self.steps = steps
         #: All steps one after another, ``[steps * width]``.
         self.data = data
+        #: Attempt at which it was last sent, as its ERROR repeats it.
+        self.attempt = 0
+        #: When it is too late to start it.
+        self.starts_by = math.inf
         #: Steps already given to a tick.
         self.taken = 0
         #: Whether its first step started from the initial state.

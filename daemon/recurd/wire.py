@@ -6,9 +6,9 @@ little-endian, followed by ``size`` bytes of payload::
      0  magic       2 bytes  b"RC"
      2  version     u8       1
      3  type        u8       Type
-     4  flags       u8       Flag
+     4  flags       u8       Flag; of a record to the daemon, and its ERROR: the attempt in the high four bits
      5  dtype       u8       Dtype of the payload (0: JSON or nothing)
-     6  code        u16      errors.Code in an ERROR, else 0
+     6  code        u16      errors.Code in an ERROR; in a CHUNK the milliseconds it may wait to be started, 0: for ever
      8  size        u32      payload bytes
     12  steps       u32      time steps in the payload; in a MULTI the number of records
     16  width       u32      elements a step, all heads of a result together (ADMIN, REPORT: bytes behind the JSON)
@@ -34,6 +34,10 @@ from recurd.errors import Code, Refused
 
 MAGIC = b"RC"
 VERSION = 1
+#: Longest time, in seconds, that a chunk may say it waits to be started.
+MAX_EXPIRES_SECONDS = 65.535
+#: The part of a record's flags that counts how often it was sent under its number; an ERROR repeats it.
+ATTEMPT = 0xF0
 #: Records in a MULTI, at most: what one frame can make the other side do before it looks up again.
 MAX_RECORDS = 1024
 
@@ -166,10 +170,13 @@ def pack_result(
     return _HEADER.pack(MAGIC, VERSION, Type.RESULT, flags, dtype, 0, size, steps, width, generation, handle, seq, ack)
 
 
-def control(type: int, body: Any, *, code: int = 0, generation: int = 0, handle: int = 0, seq: int = 0) -> Record:
+def control(
+    type: int, body: Any, *, flags: int = 0, code: int = 0, generation: int = 0, handle: int = 0, seq: int = 0
+) -> Record:
     """A message with a JSON body (a msgspec struct or a dict)."""
     payload = msgspec.json.encode(body)
-    return pack(type, code=code, size=len(payload), generation=generation, handle=handle, seq=seq), payload
+    header = pack(type, flags=flags, code=code, size=len(payload), generation=generation, handle=handle, seq=seq)
+    return header, payload
 
 
 def control_with_data(type: int, body: Any, data: Buffer, *, seq: int = 0) -> Record:

@@ -4,6 +4,7 @@ Sans-I/O like :mod:`recurd.session`, which owns the writers and tells them what 
 records and their numbers are :mod:`recurd.backlog`'s.
 """
 
+import math
 from collections.abc import Iterator
 from enum import Enum
 from typing import Any, Literal, NamedTuple
@@ -75,6 +76,8 @@ class Writer:
         self._closing = False
         # of the wait for an answer
         self.retry_at = 0.0
+        #: When the first of its records that wait will be late, as far as was looked for.
+        self.late_at = math.inf
         self._stall_seconds = stall_seconds
         #: When something last came for this stream, or was sent while nothing was awaited.
         self.progress_at = 0.0
@@ -207,17 +210,33 @@ class Writer:
             return
         if not self.backlog.in_flight:
             self.progress_at = now
-        for seq, record in self.backlog.to_send(self._window):
+        for seq, record in self.backlog.to_send(self._window, now):
             record.sent += 1
-            yield self._packed(seq, record)
+            yield self._packed(seq, record, now)
+        if self.backlog.late:
+            self._fail_late()
 
-    def _packed(self, seq: int, record: Record) -> wire.Record:
-        payload, ack = record.payload, self.backlog.last_seq
+    def drop_late(self, now: float) -> None:
+        """Fail what waits here and is late."""
+        self.late_at = self.backlog.drop_late(now)
+        self._fail_late()
+
+    def _fail_late(self) -> None:
+        late, self.backlog.late = self.backlog.late, []
+        text = "the chunk could not be sent within the time it gave"
+        self._answers.extend(Answer(record.token, None, Refused(Code.LATE, text)) for record in late)
+
+    def _packed(self, seq: int, record: Record, now: float) -> wire.Record:
+        payload, flags, ack = record.payload, record.attempt, self.backlog.last_seq
         if payload is None:
-            reset = wire.pack(wire.Type.RESET, generation=record.generation, handle=self.handle, seq=seq, ack=ack)
+            reset = wire.pack(
+                wire.Type.RESET, flags=flags, generation=record.generation, handle=self.handle, seq=seq, ack=ack
+            )
             return reset, b""
         header = wire.pack(
             wire.Type.CHUNK,
+            flags=flags,
+            code=0 if record.starts_by == math.inf else _milliseconds(record.starts_by - now),
             dtype=payload.dtype,
             size=len(payload.data),
             steps=payload.steps,
@@ -289,14 +308,17 @@ class Writer:
             return True
         return bool(header.flags & _GONE or (header.flags & _DUPLICATE and record.sent == 1))
 
-    def refused(self, seq: int, error: Refused | Broken, now: float) -> None:
-        """An ERROR came for record ``seq``."""
+    def refused(self, seq: int, attempt: int, error: Refused | Broken, now: float) -> None:
+        """An ERROR came for record ``seq``, as it was sent at ``attempt``."""
         backlog = self.backlog
         if seq in backlog.errors_to_come:
             backlog.errors_to_come.discard(seq)
             return
         record = backlog.in_flight.get(seq)
         if record is None or self.phase is not Phase.ATTACHED:
+            return
+        if attempt != record.attempt and not isinstance(error, Broken):
+            # It was sent again meanwhile. That one has an answer of its own, and may be accepted.
             return
         self._progressed(now)
         if isinstance(error, Broken):
@@ -373,6 +395,11 @@ class Writer:
         self._close_tokens.clear()
         self.phase = Phase.ENDED
         self.error = error
+
+
+def _milliseconds(seconds: float) -> int:
+    """A CHUNK's ``code``. One that goes again late still says that it does not wait for ever."""
+    return min(max(int(seconds * 1000), 1), 0xFFFF)
 
 
 def _forgotten(stream: str) -> str:

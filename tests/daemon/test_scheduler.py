@@ -69,15 +69,15 @@ def settle(line: Scheduler, rows: list[Row]) -> None:
 def test_the_line_is_served_first_come_first_served() -> None:
     line = scheduler([stream(name, [3]) for name in "abc"], rows=2)
 
-    assert shape(line.take()) == [("a", 3), ("b", 3)]
-    assert shape(line.take()) == [("c", 3)]
-    assert line.take() == []
+    assert shape(line.take(0.0)[0]) == [("a", 3), ("b", 3)]
+    assert shape(line.take(0.0)[0]) == [("c", 3)]
+    assert line.take(0.0)[0] == []
 
 
 def test_a_long_chunk_is_sliced_and_goes_to_the_end_of_the_line() -> None:
     line = scheduler([stream("long", [10]), stream("short", [4])], rows=1, steps=4)
     order = []
-    while rows := line.take():
+    while rows := line.take(0.0)[0]:
         order += shape(rows)
         settle(line, rows)
 
@@ -85,37 +85,37 @@ def test_a_long_chunk_is_sliced_and_goes_to_the_end_of_the_line() -> None:
 
 
 def test_joining_stops_at_a_reset_and_at_the_most_steps() -> None:
-    assert shape(scheduler([stream("s", [2, 3, 0, 4])]).take()) == [("s", 5)]
-    assert shape(scheduler([stream("s", [2, 3, 4])], steps=6).take()) == [("s", 5)]
-    assert shape(scheduler([stream("s", [2, 3, 4])], steps=9).take()) == [("s", 9)]
+    assert shape(scheduler([stream("s", [2, 3, 0, 4])]).take(0.0)[0]) == [("s", 5)]
+    assert shape(scheduler([stream("s", [2, 3, 4])], steps=6).take(0.0)[0]) == [("s", 5)]
+    assert shape(scheduler([stream("s", [2, 3, 4])], steps=9).take(0.0)[0]) == [("s", 9)]
 
 
 def test_a_row_that_finishes_a_chunk_ends_with_a_chunk() -> None:
     one = stream("s", [8, 3, 9])
     line = scheduler([one], steps=6)
 
-    assert shape(line.take()) == [("s", 6)]  # the first chunk, cut
+    assert shape(line.take(0.0)[0]) == [("s", 6)]  # the first chunk, cut
     line.add(one)
-    assert shape(line.take()) == [("s", 5)]  # its rest and the second, whole; the third does not fit
+    assert shape(line.take(0.0)[0]) == [("s", 5)]  # its rest and the second, whole; the third does not fit
 
 
 @pytest.mark.parametrize("options", [{"causal": False}, {"per": "last"}], ids=["looks ahead", "last step"])
 def test_chunks_of_a_model_whose_outputs_depend_on_the_cuts_are_never_joined(options: dict[str, Any]) -> None:
-    rows = scheduler([stream("s", [2, 3])], **options).take()
+    rows = scheduler([stream("s", [2, 3])], **options).take(0.0)[0]
 
     assert shape(rows) == [("s", 2)]
 
 
 def test_a_chunk_of_a_model_that_looks_ahead_is_never_sliced() -> None:
-    assert shape(scheduler([stream("s", [100])], steps=4, causal=False).take()) == [("s", 100)]
+    assert shape(scheduler([stream("s", [100])], steps=4, causal=False).take(0.0)[0]) == [("s", 100)]
 
 
 def test_rows_of_other_lengths_are_passed_over_and_keep_their_place() -> None:
     streams = [stream("a", [1]), stream("b", [50]), stream("c", [1]), stream("d", [50])]
     line = scheduler(streams, padding=0.25)
 
-    assert shape(line.take()) == [("a", 1), ("c", 1)]
-    assert shape(line.take()) == [("b", 50), ("d", 50)]
+    assert shape(line.take(0.0)[0]) == [("a", 1), ("c", 1)]
+    assert shape(line.take(0.0)[0]) == [("b", 50), ("d", 50)]
 
 
 def test_a_stream_that_ends_leaves_the_line() -> None:
@@ -124,7 +124,7 @@ def test_a_stream_that_ends_leaves_the_line() -> None:
     line.remove(first)
     line.remove(first)  # it may be gone already
 
-    assert shape(line.take()) == [("b", 1)]
+    assert shape(line.take(0.0)[0]) == [("b", 1)]
 
 
 QUEUES = st.lists(
@@ -150,7 +150,7 @@ def test_every_tick_keeps_the_rules_and_nothing_is_lost(
     waiting = list(streams)  # what the line must look like
     got: dict[str, list[np.ndarray[Any, Any]]] = {one.name: [] for one in streams}
     while waiting:
-        taken = line.take()
+        taken = line.take(0.0)[0]
         check_rules(taken, waiting[0], rows, steps, padding, causal and per == "step", causal)
         tick = assemble("pump", contract(causal=causal), taken, now=0.0)
         for index, row in enumerate(taken):
@@ -165,7 +165,7 @@ def test_every_tick_keeps_the_rules_and_nothing_is_lost(
             if row.stream.queue:
                 line.add(row.stream)
                 waiting.append(row.stream)
-    assert line.take() == []
+    assert line.take(0.0)[0] == []
     for name, chunks in sent.items():
         expected = np.concatenate([c.data for c in chunks]).reshape(-1, WIDTH)
         np.testing.assert_array_equal(np.concatenate(got[name]), expected)
@@ -195,7 +195,7 @@ def test_a_fresh_start_goes_to_the_first_slice_alone() -> None:
     one = stream("s", [10])
     line = scheduler([one], steps=4)
     starts = []
-    while rows := line.take():
+    while rows := line.take(0.0)[0]:
         starts += assemble("pump", contract(), rows, now=0.0).fresh.tolist()
         settle(line, rows)
 

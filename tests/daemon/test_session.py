@@ -83,7 +83,10 @@ class Reference:
 
     def refuse(self, peer: int, header: wire.Header, code: Code, **more: Any) -> None:
         body = wire.Error(code=code.word, text="no", in_reply_to=header.type, **more)
-        self.say(peer, wire.control(wire.Type.ERROR, body, code=code, handle=header.handle, seq=header.seq))
+        flags = header.flags & wire.ATTEMPT
+        self.say(
+            peer, wire.control(wire.Type.ERROR, body, flags=flags, code=code, handle=header.handle, seq=header.seq)
+        )
 
     def on_hello(self, header: wire.Header, payload: memoryview, peer: int) -> None:
         self.greeted.add(peer)
@@ -732,7 +735,9 @@ def test_a_chunk_that_ran_although_the_client_was_told_busy_is_not_taken_for_ano
     pair.push(writer, "a", 1)
     pair.deliver_up()
     busy = wire.Error(code="busy", text="no", in_reply_to=wire.Type.CHUNK, retry_after_seconds=0.5)
-    pair.down.append(wire.frame(wire.control(wire.Type.ERROR, busy, code=Code.BUSY, handle=writer.handle, seq=1)))
+    pair.down.append(
+        wire.frame(wire.control(wire.Type.ERROR, busy, flags=0x10, code=Code.BUSY, handle=writer.handle, seq=1))
+    )
     pair.deliver_down()
     pair.push(writer, "b", 2)
     pair.settle()

@@ -12,12 +12,13 @@ from concurrent.futures import Future
 from types import TracebackType
 from typing import BinaryIO, NamedTuple
 
+import click
 import numpy as np
 
 from recurd.cli.output import discard_output
 from recurd.cli.rows import CsvReader, InputError, JsonReader, Number, PredictionWriter
 from recurd.client import Stream
-from recurd.errors import RecurdError, Refused, Unanswered
+from recurd.errors import Code, RecurdError, Refused, Unanswered
 from recurd.signature import Result
 
 _READ_BYTES = 65_536
@@ -38,7 +39,8 @@ class Pump:
     """Rows in, chunks out, predictions printed. Owns the rows that wait and the chunks on their way.
 
     One loop waits for whatever comes first: rows, an answer (told by a byte in a pipe), or the end of whoever reads us.
-    A row that cannot be sent, or is refused, ends the reading; what was sent is still waited for and printed.
+    A row that cannot be sent, or is refused, ends the reading; what was sent is still waited for and printed. Rows that
+    are late are left out.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class Pump:
         predictions: PredictionWriter,
         *,
         chunk_steps: int,
+        expires_seconds: float | None,
         timeout_seconds: float,
     ) -> None:
         self._stream = stream
@@ -56,6 +59,7 @@ class Pump:
         self._predictions = predictions
         self._chunk_steps = min(chunk_steps, stream.max_chunk_steps)
         self._exact = not stream.signature.chunk_local
+        self._expires_seconds = expires_seconds
         self._timeout_seconds = timeout_seconds
         self._source = source.fileno()
         self._wake_out, self._wake_in = socket.socketpair()
@@ -187,7 +191,9 @@ class Pump:
 
     def _submit(self) -> None:
         chunk = np.array(self._rows).reshape(-1, *self._stream.signature.shape)
-        future = self._stream.submit(chunk, timeout_seconds=self._timeout_seconds)
+        future = self._stream.submit(
+            chunk, timeout_seconds=self._timeout_seconds, expires_seconds=self._expires_seconds
+        )
         self._pending.append(_Pending(future, self._first_line, self._last_line, time.monotonic()))
         future.add_done_callback(self._wake)
         self._rows = []
@@ -204,7 +210,9 @@ class Pump:
             try:
                 result = pending.future.result()
             except Refused as error:
-                if self._trouble is None or isinstance(self._trouble, InputError):
+                if error.code is Code.LATE:
+                    click.echo(f"recurd: {_lines(pending)} were late and not run", err=True)
+                elif self._trouble is None or isinstance(self._trouble, InputError):
                     self._stop_reading(RecurdError(f"{_lines(pending)} were refused: {error}"))
                 continue
             self._print(self._predictions.lines(result))

@@ -9,6 +9,7 @@ from typing import Any, BinaryIO
 
 import click
 
+from recurd import wire
 from recurd.cli.endpoint import checked
 from recurd.cli.output import discard_output
 from recurd.cli.pump import Pump
@@ -49,6 +50,11 @@ written, 2 wrong usage, 65 a row cannot be read, 69 no daemon or no answer, 130 
 )
 @click.option("--output", type=click.Choice(["csv", "jsonl"]), help="Of the predictions.  [as the rows]")
 @click.option("--chunk-steps", type=click.IntRange(min=1), default=64, show_default=True, help="Rows sent at once.")
+@click.option(
+    "--expires",
+    type=click.FloatRange(0, wire.MAX_EXPIRES_SECONDS, min_open=True),
+    help="Seconds rows may wait to be run; those that are late are left out, and said so on standard error.",
+)
 @click.option("--reset", is_flag=True, help="Start from the initial state, not where the stream stood.")
 @click.option("--close", is_flag=True, help="Close the stream at the end of input, so that its slot is free.")
 @click.option("--no-header", is_flag=True, help="CSV without a row of names, in and out.")
@@ -84,6 +90,7 @@ def _stream(
     name: str,
     output: Format | None,
     chunk_steps: int,
+    expires: float | None,
     reset: bool,
     close: bool,
     no_header: bool,
@@ -100,6 +107,7 @@ def _stream(
             reader(format, signature, header=not no_header, ignore_extra=ignore_extra),
             PredictionWriter(output or format, signature.heads),
             chunk_steps=chunk_steps,
+            expires_seconds=expires,
             timeout_seconds=timeout,
         )
         with pump, _progress(file) as advance:
