@@ -47,6 +47,16 @@ async def test_submitted_chunks_run_in_order_far_beyond_the_credit(stream: aio.S
     assert stream.last_seq == 1000
 
 
+async def test_a_chunk_that_is_late_is_refused_and_the_stream_goes_on_without_it(stream: aio.Stream) -> None:
+    assert await sums(await stream.submit([1.0], expires_seconds=20)) == [1]
+    with pytest.raises(recurd.Refused) as late:
+        await stream.push([2.0], expires_seconds=1e-9)
+    assert late.value.code is Code.LATE
+    with pytest.raises(ValueError, match=r"at most 65\.535"):
+        await stream.push([2.0], expires_seconds=0)
+    assert (await stream.push([1.0], expires_seconds=20)).tolist() == [[2]]  # type: ignore[union-attr]
+
+
 async def test_many_tasks_share_a_client(client: aio.Client) -> None:
     async def work(number: int) -> list[Any]:
         stream = await client.open(f"task {number}", model="sum")

@@ -44,6 +44,29 @@ def until(condition: Callable[[], bool]) -> None:
         threading.Event().wait(0.005)
 
 
+# --- chunks that may not wait for ever ---
+
+
+def test_a_chunk_that_is_late_is_refused_and_the_stream_goes_on_without_it(
+    client: recurd.Client, stream: recurd.Stream
+) -> None:
+    assert stream.push([1.0], expires_seconds=20).tolist() == [[1]]  # type: ignore[union-attr]
+    with pytest.raises(recurd.Refused) as late:
+        stream.push([2.0], expires_seconds=1e-9)
+    assert late.value.code is Code.LATE
+    futures = [stream.submit([1.0], expires_seconds=seconds) for seconds in (20, 1e-9, None)]
+    assert [futures[0].result(20).tolist(), futures[2].result(20).tolist()] == [[[2]], [[3]]]  # type: ignore[union-attr]
+    assert isinstance(futures[1].exception(20), recurd.Refused)
+    assert client.push_many({stream: [1.0]}, expires_seconds=20)[stream].tolist() == [[4]]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("seconds", [0, -1, 66, math.nan])
+def test_a_time_that_no_chunk_can_carry_is_refused_at_once(stream: recurd.Stream, seconds: float) -> None:
+    with pytest.raises(ValueError, match=r"at most 65\.535"):
+        stream.push([1.0], expires_seconds=seconds)
+    assert stream.push([1.0]).tolist() == [[1]]  # type: ignore[union-attr]
+
+
 # --- the plain course ---
 
 

@@ -252,7 +252,7 @@ class Real:
             sums = self.totals[tick.slots][:, None, :] + np.cumsum(tick.input, axis=1)
             self.totals[tick.slots] = sums[np.arange(len(tick.lengths)), tick.lengths - 1]
             self.engine.complete(tick, [sums], self.now)
-            self.collect()
+        self.collect()  # without a tick too: what is late is told
         return tick is not None
 
 
@@ -366,9 +366,9 @@ class Pair:
         self.turn()
         return writer
 
-    def push(self, writer: Writer, token: str, *values: float) -> None:
+    def push(self, writer: Writer, token: str, *values: float, expires: float = math.inf) -> None:
         payload = Payload(np.array(values, "<f4").tobytes(), len(values), 1, wire.Dtype.FLOAT32)
-        self.session.submit(writer, [Record(token, payload)])
+        self.session.submit(writer, [Record(token, payload, self.now + expires)])
         self.turn()
 
     def reset(self, writer: Writer, token: str) -> None:
@@ -809,6 +809,111 @@ def test_a_session_that_ends_leaves_nothing_unresolved(pair: Pair, writer: Write
     assert "close" in pair.outcomes
 
 
+# --- chunks that may not wait for ever ---
+
+
+@pytest.fixture
+def real() -> Pair:
+    pair = Pair(kind=Real)
+    pair.exchange()
+    return pair
+
+
+def test_what_is_left_of_a_chunks_time_goes_with_it(pair: Pair, writer: Writer) -> None:
+    pair.push(writer, "a", 1)
+    pair.push(writer, "b", 1, expires=0.25)
+    for n in range(3):
+        pair.push(writer, f"c{n}", 1)  # the third is over the credit
+    pair.push(writer, "d", 1, expires=0.25)
+    pair.pass_time(0.2)
+    pair.exchange()
+    chunks = [header for header in pair.sent if header.type == wire.Type.CHUNK]
+    assert [header.code for header in chunks] == [0, 250, 0, 0, 0, 49]
+
+
+def test_a_chunk_that_is_late_before_it_leaves_fails_at_its_time(pair: Pair, writer: Writer) -> None:
+    pair.daemon.busy = True
+    pair.push(writer, "a", 1)
+    pair.exchange()
+    pair.push(writer, "late", 1, expires=0.1)
+    pair.push(writer, "later", 1, expires=0.2)
+    pair.daemon.busy = False
+    deadline = pair.session.deadline()
+    assert deadline is not None
+    assert deadline <= 0.1
+    pair.pass_time(0.11)
+    assert pair.code("late") is Code.LATE
+    assert "later" not in pair.outcomes
+    pair.pass_time(0.11)
+    assert pair.code("later") is Code.LATE
+    pair.push(writer, "b", 2)
+    pair.settle()
+    assert pair.totals("a", "b") == [[1], [3]]
+    assert [header.seq for header in pair.sent if header.type == wire.Type.CHUNK] == [1, 1, 2]
+
+
+def test_a_chunk_is_late_without_any_connection(pair: Pair, writer: Writer) -> None:
+    pair.disconnect()
+    pair.push(writer, "late", 1, expires=0.5)
+    pair.pass_time(1.0)
+    assert pair.code("late") is Code.LATE
+
+
+def test_a_stream_is_closed_when_the_last_chunk_before_was_late(pair: Pair, writer: Writer) -> None:
+    pair.daemon.busy = True
+    pair.push(writer, "late", 1, expires=0.4)
+    pair.exchange()
+    pair.close(writer, "close")
+    pair.pass_time(0.5)
+    pair.exchange()
+    assert pair.code("late") is Code.LATE
+    assert pair.outcomes["close"] is None
+
+
+def test_a_chunk_sent_again_goes_with_its_old_number_however_late_it_is(pair: Pair, writer: Writer) -> None:
+    pair.push(writer, "a", 1, expires=0.5)
+    pair.deliver_up()  # accepted; the answer is lost
+    pair.daemon.work()
+    pair.daemon.replies.clear()
+    pair.reconnect()
+    last = [header for header in pair.sent if header.type == wire.Type.CHUNK][-1]
+    assert (last.seq, last.code) == (1, 1)
+    assert pair.totals("a") == [[1]]
+
+
+def test_a_late_chunk_fails_alone_and_those_behind_it_run(real: Pair) -> None:
+    writer = real.open()
+    real.exchange()
+    real.push(writer, "late", 1, expires=0.5)
+    real.reset(writer, "reset")
+    real.push(writer, "b", 2)
+    real.deliver_up()
+    real.pass_time(1.0)
+    real.exchange()
+    assert real.code("late") is Code.LATE
+    assert real.outcomes["reset"] is None
+    assert real.totals("b") == [[2]]
+    assert (writer.backlog.last_seq, writer.backlog.generation) == (2, 2)
+
+
+def test_an_error_that_crosses_the_repetition_of_its_chunk_is_not_that_of_the_repetition(real: Pair) -> None:
+    writer = real.open()
+    real.exchange()
+    real.push(writer, "a", 1, expires=0.5)
+    real.push(writer, "b", 2)
+    real.deliver_up()  # accepted, and the connection breaks
+    real.disconnect()
+    real.pass_time(1.0)
+    real.deliver_up()
+    real.deliver_down()  # welcomed
+    real.deliver_up()  # opened: the daemon has both, says so, and finds that it is too late
+    real.daemon.work()
+    real.deliver_down(1)  # OPENED: both are sent again
+    assert [header.seq for header in real.sent[-2:]] == [1, 2]
+    real.exchange()
+    assert real.totals("a", "b") == [[1], [3]]  # in the time that was left: it was taken anew
+
+
 # --- what does not speak our protocol ---
 
 
@@ -833,6 +938,7 @@ _STREAMS = ("s", "t")
 _COMMON = st.one_of(
     st.tuples(st.just("push"), st.sampled_from(_STREAMS), st.integers(1, 9)),
     st.tuples(st.just("push"), st.just("s"), st.sampled_from([1, 2, 3, math.nan])),
+    st.tuples(st.just("push"), st.sampled_from(_STREAMS), st.integers(1, 9), st.sampled_from([0.01, 0.3, 7.0])),
     st.tuples(st.just("deliver_up"), st.integers(1, 3)),
     st.tuples(st.just("deliver_down"), st.integers(1, 3)),
     st.tuples(st.just("work")),
@@ -843,6 +949,7 @@ _RARE = st.one_of(
     st.tuples(st.just("deliver_late")),
     st.tuples(st.just("lose_answers")),
     st.tuples(st.just("busy"), st.booleans()),
+    st.tuples(st.just("pass_time"), st.sampled_from([0.05, 0.5, 6.0])),
     st.tuples(st.just("pass_time"), st.sampled_from([0.05, 0.5, 6.0])),
 )
 _LAST = st.one_of(
@@ -863,15 +970,19 @@ class Course:
         self.pair = pair
         self.writers = {name: pair.open(name) for name in _STREAMS}
         self.asked: dict[str, list[tuple[str, float | None]]] = {name: [] for name in _STREAMS}
+        self.may_be_late: set[str] = set()
         self.closes = self.restarts = 0
         self.closed: set[str] = set()
 
     def do(self, name: str, *arguments: Any) -> None:
-        if name in ("push", "reset"):
-            stream, *values = arguments
-            token = f"{stream}{len(self.asked[stream])}"
-            self.asked[stream].append((token, *(values or [None])))
-            getattr(self.pair, name)(self.writers[stream], token, *values)
+        if name == "push":
+            stream, value, *expires = arguments
+            token = self.ask(stream, value)
+            self.may_be_late |= {token for _ in expires}
+            self.pair.push(self.writers[stream], token, value, expires=expires[0] if expires else math.inf)
+        elif name == "reset":
+            (stream,) = arguments
+            self.pair.reset(self.writers[stream], self.ask(stream, None))
         elif name == "close":
             self.closes += 1
             self.closed.add(arguments[0])
@@ -887,6 +998,11 @@ class Course:
             self.restarts += name == "restart_daemon"
             getattr(self.pair, name)(*arguments)
 
+    def ask(self, stream: str, value: float | None) -> str:
+        token = f"{stream}{len(self.asked[stream])}"
+        self.asked[stream].append((token, value))
+        return token
+
     def check(self) -> None:
         """Every answered chunk must show what exactly-once, in-order application of what was not refused gives."""
         assert all(f"close {n + 1}" in self.pair.outcomes for n in range(self.closes))
@@ -897,6 +1013,8 @@ class Course:
                 outcome = self.pair.outcomes[token]  # a KeyError is a request that was never answered
                 if isinstance(outcome, Refused) and outcome.code is Code.NOT_FINITE:
                     assert math.isnan(value or 0.0)
+                elif isinstance(outcome, Refused) and outcome.code is Code.LATE:
+                    assert token in self.may_be_late
                 elif isinstance(outcome, RecurdError):
                     assert may_end, f"nothing was lost, and yet: {outcome}"
                     over = True

@@ -305,6 +305,13 @@ def running(daemon: Any) -> "Iterator[subprocess.Popen[str]]":
         process.kill()
 
 
+def test_rows_that_are_late_are_left_out_and_told(daemon: Any) -> None:
+    done = run(command(daemon, "late rows", "--expires", "1e-9", "--chunk-steps", "2"), "flow\n1\n2\n3\n")
+    assert (done.stdout, done.returncode) == ("sum\n", 0)
+    assert done.stderr == "recurd: lines 2 to 3 were late and not run\nrecurd: lines 4 to 4 were late and not run\n"
+    assert run(command(daemon, "late rows", "--expires", "20"), "flow\n5\n").stdout == "sum\n5.0\n"
+
+
 def test_ctrl_c_is_clean(running: Any) -> None:
     running.send_signal(signal.SIGINT)
     assert running.wait(20) == 130
