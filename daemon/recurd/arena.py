@@ -10,7 +10,7 @@ The device tensors themselves belong to :class:`recurd.model.Model`; this is the
 """
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -41,6 +41,16 @@ class Device(Protocol):
         """Bytes of one stream's state."""
         ...
 
+    def run(
+        self,
+        slots: npt.NDArray[np.int64],
+        fresh: npt.NDArray[np.bool_],
+        lengths: npt.NDArray[np.int32],
+        input: npt.NDArray[Any],
+    ) -> list[npt.NDArray[Any]]:
+        """One tick; see :meth:`recurd.model.Model.run`."""
+        ...
+
     def rows(self, slots: npt.NDArray[np.int64]) -> list[bytes]:
         """The states of these slots."""
         ...
@@ -63,9 +73,10 @@ class Slots:
 
     def __init__(self, device: Device, stats: ModelStats, clock: Callable[[], float]) -> None:
         self.count = device.slots
+        #: Where the states are.
+        self.device = device
         #: Where durable streams stand, when they do.
         self.store: Store | None = None
-        self._device = device
         self._stats = stats
         self._clock = clock
         # A stack that hands out low numbers first, so that a lightly used arena touches little memory.
@@ -105,7 +116,7 @@ class Slots:
         streams = [stream for slot in oldest.tolist() if (stream := self._holders[slot]) is not None]
         to_read = [stream for stream in streams if not (stream.fresh or self._is_stored(stream))]
         if to_read:
-            rows = self._device.rows(np.array([stream.slot for stream in to_read], np.int64))
+            rows = self.device.rows(np.array([stream.slot for stream in to_read], np.int64))
             for stream, row in zip(to_read, rows, strict=True):
                 self._keep(stream, row)
         for stream in streams:
@@ -120,13 +131,20 @@ class Slots:
             slot = stream.slot = self._free.pop()
             self._holders[slot] = stream
             self._used[slot] = self._tick
+        self._stats.slots_used += len(streams)
         if stateful:
-            self._device.write_rows(np.array([stream.slot for stream in stateful], np.int64), states)
+            self.device.write_rows(np.array([stream.slot for stream in stateful], np.int64), states)
             self._stats.paged_in += len(stateful)
             self._stats.page_in_seconds.observe(self._clock() - begin)
         for stream in streams:
             self._keep(stream, None)
-        self._stats.slots_used = len(self)
+
+    def change(self, device: Device) -> None:
+        """Keep the states on another device, of as many slots, from now on; no tick may be out."""
+        taken = np.array([slot for slot, stream in enumerate(self._holders) if stream is not None], np.int64)
+        if len(taken):
+            device.write_rows(taken, self.device.rows(taken))
+        self.device = device
 
     # --- one stream's state ---
 
@@ -137,7 +155,7 @@ class Slots:
     def states(self, streams: list[Stream]) -> list[bytes]:
         """The states of streams none of which is fresh, in bulk."""
         here = [stream for stream in streams if stream.slot != NO_SLOT]
-        rows = iter(self._device.rows(np.array([stream.slot for stream in here], np.int64)) if here else ())
+        rows = iter(self.device.rows(np.array([stream.slot for stream in here], np.int64)) if here else ())
         kept = iter(self._kept([stream for stream in streams if stream.slot == NO_SLOT]))
         return [next(kept if stream.slot == NO_SLOT else rows) for stream in streams]
 
@@ -151,13 +169,13 @@ class Slots:
         """Take a stream's slot and what the host has of its state: what stands in the journal, if anything, counts."""
         if stream.slot != NO_SLOT:
             self._release(stream)
-            self._stats.slots_used = len(self)
         self._keep(stream, None)
 
     def _release(self, stream: Stream) -> None:
         self._holders[stream.slot] = None
         self._used[stream.slot] = _FREE
         self._free.append(stream.slot)
+        self._stats.slots_used -= 1
         stream.slot = NO_SLOT
 
     def _keep(self, stream: Stream, state: bytes | None) -> None:

@@ -167,6 +167,12 @@ class Contract(msgspec.Struct, frozen=True, kw_only=True):
         return hashlib.sha256(msgspec.json.encode([self.weights_sha256, layout])).hexdigest()
 
     @property
+    def form(self) -> tuple[Any, ...]:
+        """What a client sends and gets: queued chunks and open streams may go over to a model of the same form."""
+        heads = [(head.name, head.dtype, head.shape, head.per) for head in self.heads]
+        return self.input.dtype, self.input.shape, self.input.classes, heads, self.causal
+
+    @property
     def chunk_local(self) -> bool:
         """Whether chunks may be sliced and joined freely: causal, and one output for every step."""
         return self.causal and all(head.per == "step" for head in self.heads)

@@ -13,7 +13,6 @@ thread. A tick is handed over: until it is completed or failed its streams are n
 lane is taken.
 """
 
-from collections import deque
 from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +32,7 @@ from recurd.scheduler import Row, Tick, assemble
 from recurd.stats import ModelStats, Stats
 from recurd.streams import Chunk, Stream, Streams
 from recurd.tenants import LOCAL, Tenants
+from recurd.versions import Incompatible, Takeover, Versions
 
 if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 _HANDLE_BITS = 40
 #: What a client waits before it asks a halted daemon again.
 _HALT_RETRY_SECONDS = 1.0
+#: And before it sends to a stream again that is about to end.
+_END_RETRY_SECONDS = 0.02
 #: Messages that touch no stream.
 _HARMLESS = frozenset({wire.Type.HELLO, wire.Type.PING})
 #: Messages with a number in their stream.
@@ -73,15 +75,18 @@ class Engine:
         self._credit = limits.stream_credit
         self._max_streams = limits.streams
         self._room = Room(limits)
-        self._lanes = {
-            name: Lane(
-                name, model, config=config, stats=stats.add_model(name, model.slots), room=self._room, clock=clock
-            )
-            for name, model in models.items()
-        }
         # Handles of another start of the daemon must not be taken for this one's, hence the random high bits.
         first_handle = (int.from_bytes(identity.epoch[:3], "little") << _HANDLE_BITS) + 1
         self._streams = Streams(first_handle, max_ended=limits.ended_streams)
+        self._versions = Versions(
+            lambda name, device, counts: Lane(name, device, config=config, stats=counts, room=self._room, clock=clock),
+            streams=self._streams,
+            stats=stats,
+            log=log,
+        )
+        for name, model in models.items():
+            self._versions.add(name, model)
+        self._lanes = self._versions.present
         self._peers = Peers()
         self._outbox = Outbox(stats, max_message_bytes=limits.message_bytes)
         self._unsaved = Unsaved(config.durability.mode != "off")
@@ -104,7 +109,7 @@ class Engine:
         #: ADMIN commands; its ``requests`` are the caller's to carry out and to answer.
         self.admin = Admin(self._outbox, {}, process_commands)
         # in flight
-        self._turns = deque(self._lanes.values())
+        self._turns = self._versions.turns
 
     # --- frames in ---
 
@@ -225,6 +230,11 @@ class Engine:
             raise Refused(Code.CLOSED, f"stream '{stream.name}' is being closed")
         if self._lifecycle.draining:
             raise Refused(Code.DRAINING, "the daemon is shutting down")
+        if stream.lane.is_ending:
+            # What was accepted before is answered first; then this record is told how the stream ended.
+            raise Refused(
+                Code.BUSY, "the model was replaced, the stream is ending", retry_after_seconds=_END_RETRY_SECONDS
+            )
         return stream
 
     # --- ticks ---
@@ -234,6 +244,8 @@ class Engine:
         if self._halted is not None:
             return None
         self._lifecycle.expire(now)
+        if self._versions.former:
+            self._look_after_former()
         for _ in range(len(self._turns)):
             lane = self._turns[0]
             self._turns.rotate(-1)
@@ -267,7 +279,7 @@ class Engine:
 
         A stream that gets NaN or infinity is given up, it alone, as by :meth:`fail`.
         """
-        lane = self._lanes[tick.model]
+        lane = tick.lane
         lane.busy = False
         heads = [output.tobytes() for output in outputs]
         time = tick.input.shape[1]
@@ -298,7 +310,7 @@ class Engine:
         Streams that are durable go back to where their last answered record left them, and their chunks are refused
         (``run_failed``). Others end as ``failed``, exactly those in this tick.
         """
-        lane = self._lanes[tick.model]
+        lane = tick.lane
         lane.busy = False
         lane.stats.ticks_failed += 1
         self._log.error("tick_failed", model=lane.name, rows=len(tick.rows), exc_info=error)
@@ -340,8 +352,7 @@ class Engine:
             if stream.peer is not None:
                 error = refusal if number < count else behind
                 self._outbox.send_error(stream.peer, header_of(stream, chunk), error)
-        if stream.closing is not None:
-            self._lifecycle.finish_close(stream)
+        self._rest(stream)
 
     def _answer_chunk(self, lane: Lane, stream: Stream, chunk: Chunk, pieces: list[bytes]) -> None:
         payload = lane.join(chunk.outputs, pieces)
@@ -375,11 +386,19 @@ class Engine:
             self._carry_out_reset(stream, stream.queue[0])
         if stream.queue:
             stream.lane.scheduler.add(stream)
-        elif stream.closing is not None:
+        else:
+            self._rest(stream)
+
+    def _rest(self, stream: Stream) -> None:
+        """A stream has nothing queued any more; some end then."""
+        if stream.closing is not None:
             self._lifecycle.finish_close(stream)
+        elif stream.lane.is_ending:
+            self._lifecycle.end(stream, Code.RELOADED, "reloaded")
 
     def _carry_out_reset(self, stream: Stream, reset: Chunk) -> None:
         stream.fresh = stream.untouched = True
+        self._versions.renew(stream)
         stream.lane.stats.resets += 1
         header = wire.pack(
             wire.Type.DONE,
@@ -391,12 +410,42 @@ class Engine:
         )
         self._answer(stream, reset, (header, b""))
 
+    # --- versions of models ---
+
+    def add_model(self, name: str, device: Device, *, bit_exact: bool = False) -> None:
+        """Serve another model."""
+        self._versions.add(name, device)
+        self._lifecycle.announce(name, bit_exact)
+
+    def replace_model(
+        self, name: str, device: Device, incompatible: Incompatible = "finish", *, bit_exact: bool = False
+    ) -> Takeover:
+        """Serve a model by another file, of as many slots, from the next tick on; no tick may be out.
+
+        Streams keep their state where the new file can go on with it, else it goes by ``incompatible``
+        (:mod:`recurd.versions`).
+        """
+        takeover = self._versions.replace(name, device, incompatible)
+        self._lifecycle.announce(name, bit_exact)
+        return takeover
+
+    def remove_model(self, name: str, incompatible: Incompatible = "finish") -> Takeover:
+        """Serve a model no more; what becomes of its streams is as in :meth:`replace_model`."""
+        takeover = self._versions.remove(name, incompatible)
+        self._lifecycle.announce(name, False)
+        return takeover
+
+    def _look_after_former(self) -> None:
+        for stream in self._versions.due():
+            if not (stream.untouched and self._versions.renew(stream)):
+                self._lifecycle.end(stream, Code.RELOADED, "reloaded")
+        self._versions.drop()
+
     # --- durability ---
 
     def keep_in(self, store: Store) -> None:
         """Tell where durable streams stand: states that were saved need not be kept in memory."""
-        for lane in self._lanes.values():
-            lane.slots.store = store
+        self._versions.keep_in(store)
 
     def restore(self, handle: int, saved: SavedStream, answers: list[SavedAnswer], now: float) -> None:
         """Go on with a stream out of the journal, before anything is received. Its state stays there until it runs."""
@@ -430,7 +479,7 @@ class Engine:
         """When :meth:`take_tick` should be called at the latest; 0 when there is a tick to take now."""
         if self._halted is not None:
             return None
-        if any(len(lane.scheduler) and not lane.busy for lane in self._lanes.values()):
+        if self._versions.has_to_end or any(len(lane.scheduler) and not lane.busy for lane in self._turns):
             return 0.0
         return self._lifecycle.deadline()
 

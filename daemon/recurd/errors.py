@@ -78,6 +78,7 @@ class Code(IntEnum):
     FAILED = 61
     REPLACED = 62
     POISONED = 63
+    RELOADED = 64
     # a bug
     INTERNAL = 70
 
@@ -88,7 +89,7 @@ class Code(IntEnum):
 
 
 #: Codes after which a stream's state is gone; every other code leaves the stream as it was.
-BREAKING = frozenset({Code.EXPIRED, Code.FAILED, Code.REPLACED, Code.POISONED})
+BREAKING = frozenset({Code.EXPIRED, Code.FAILED, Code.REPLACED, Code.POISONED, Code.RELOADED})
 #: Codes that say "the same request may succeed later"; their replies carry ``retry_after_seconds``.
 PASSING = frozenset({Code.BUSY, Code.CREDIT, Code.LIMIT})
 

@@ -16,6 +16,9 @@ from recurd.stats import ModelStats
 from recurd.streams import Chunk
 from recurd.tenants import Share
 
+#: Digits of a state hash that name a version.
+VERSION_DIGITS = 16
+
 
 class Room:
     """Room for queued chunks and retained answers in the whole daemon. Owned by the engine, used by its lanes."""
@@ -61,6 +64,12 @@ class Lane:
         contract = device.contract
         self.name = name
         self.contract = contract
+        #: Streams of another version of the model cannot go on with this one's states, nor the other way round.
+        self.version = contract.state_hash[:VERSION_DIGITS]
+        #: Whether another version has taken its place: no stream begins here.
+        self.is_former = False
+        #: Whether its streams end as soon as they have nothing queued.
+        self.is_ending = False
         self.slots = Slots(device, stats, clock)
         #: Streams of the model, and how many there may be: as many as have room for their states. None is waited for
         #: in memory where there is a journal.
@@ -93,6 +102,21 @@ class Lane:
         self.result_width = sum(head.width for head in contract.heads)
         self._is_finite = _gives_finite(contract)
         self._heads = [(head.per == "step", head.width * np.dtype(head.dtype).itemsize) for head in contract.heads]
+
+    @property
+    def device(self) -> Device:
+        """Where its model runs."""
+        return self.slots.device
+
+    def goes_on_with(self, contract: Contract) -> bool:
+        """Whether a file of this contract can go on with the states of the streams here, and with what is queued."""
+        return contract.state_hash[:VERSION_DIGITS] == self.version and contract.form == self.contract.form
+
+    def change(self, device: Device) -> None:
+        """Go on with another file of the same version and form, between two ticks; the streams notice nothing."""
+        self.slots.change(device)
+        self.contract = device.contract
+        self._is_finite = _gives_finite(device.contract)
 
     @property
     def full(self) -> bool:

@@ -4,8 +4,10 @@ What happens seldom stands here, so that :mod:`recurd.engine` holds nothing but 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
+
+from msgspec import UNSET
 
 import recurd
 from recurd import wire
@@ -111,11 +113,24 @@ class Lifecycle:
             self._admit_peer(peer)
             self._log.debug("peer_connected", client=hello.client, tenant=peer.tenant)
         peer.multi = hello.multi
+        self._outbox.send_control(peer, wire.control(wire.Type.WELCOME, self._welcome(peer.rights), seq=header.seq))
+
+    def announce(self, model: str, bit_exact: bool) -> None:
+        """Another file of a model is served, or none any more: tell everybody unasked, by a WELCOME of number 0."""
+        others = tuple(name for name in self._identity.bit_exact if name != model)
+        self._identity = replace(self._identity, bit_exact=(*others, model) if bit_exact else others)
+        records: dict[str, wire.Record] = {}
+        for peer in self._peers.all():
+            if peer.tenant not in records:
+                records[peer.tenant] = wire.control(wire.Type.WELCOME, self._welcome(peer.rights))
+            self._outbox.send_control(peer, records[peer.tenant])
+
+    def _welcome(self, rights: Tenant) -> wire.Welcome:
         limits = self._limits
-        welcome = wire.Welcome(
+        return wire.Welcome(
             server=f"recurd {recurd.__version__}",
             epoch=self._identity.epoch.hex(),
-            tenant=peer.tenant,
+            tenant=rights.name,
             versions=(wire.VERSION,),
             credit=limits.stream_credit,
             max_message_bytes=limits.message_bytes,
@@ -124,10 +139,9 @@ class Lifecycle:
             device=self._identity.device,
             durability=self._durability,
             bit_exact=self._identity.bit_exact,
-            rights=tuple(sorted(peer.rights.rights)),
-            models={name: self._lanes[name].contract.public() for name in self._models(peer.rights)},
+            rights=tuple(sorted(rights.rights)),
+            models={name: self._lanes[name].contract.public() for name in self._models(rights)},
         )
-        self._outbox.send_control(peer, wire.control(wire.Type.WELCOME, welcome, seq=header.seq))
 
     def _admit_peer(self, peer: Peer) -> None:
         if self.draining:
@@ -174,9 +188,9 @@ class Lifecycle:
     def open(self, header: wire.Header, payload: wire.Buffer, peer: Peer, now: float) -> None:
         """OPEN: attach a stream to the peer, resumed or new. Raises :class:`Refused` or :class:`Broken`."""
         request = wire.decode_body(payload, wire.Open)
-        lane = self._check_open(request, peer.rights)
         stream = self._streams.named(peer.tenant, request.stream)
-        if stream is not None and stream.lane is not lane:
+        lane = self._check_open(request, stream, peer.rights)
+        if stream is not None and stream.lane.name != lane.name:
             raise Refused(Code.WRONG_MODEL, f"stream '{stream.name}' belongs to model '{stream.lane.name}'")
         if request.mode == "resume":
             self._check_resume(stream, request, peer)
@@ -189,7 +203,7 @@ class Lifecycle:
         if stream is None:
             stream = self._start(request, lane, peer, now)
         stream.last_seen = now
-        lane.retain(-stream.acknowledge(header.ack), stream.share)
+        stream.lane.retain(-stream.acknowledge(header.ack), stream.share)
         self._attach(stream, peer)
         opened = wire.Opened(
             stream=stream.name,
@@ -200,6 +214,7 @@ class Lifecycle:
             credit=self._limits.stream_credit,
             max_chunk_steps=self._limits.chunk_steps,
             idle_timeout_seconds=stream.idle_timeout,
+            contract=stream.lane.contract.public() if stream.lane.is_former else UNSET,
         )
         record = wire.control(
             wire.Type.OPENED, opened, generation=stream.generation, handle=stream.handle, seq=header.seq
@@ -210,7 +225,7 @@ class Lifecycle:
         """Those a tenant may use; it is not told of others."""
         return [name for name in self._lanes if rights.models.match(name)]
 
-    def _check_open(self, request: wire.Open, rights: Tenant) -> Lane:
+    def _check_open(self, request: wire.Open, stream: Stream | None, rights: Tenant) -> Lane:
         size = len(request.stream.encode("utf-8", "surrogatepass"))
         if not 0 < size <= self._limits.name_bytes or not request.stream.isprintable():
             raise Refused(
@@ -221,6 +236,8 @@ class Lifecycle:
             raise Refused(Code.BAD_REQUEST, f"mode '{request.mode}' is not auto, resume or new")
         rights.demand_stream(request.stream, request.model)
         lane = self._lanes.get(request.model)
+        if lane is None and stream is not None and request.mode != "new" and stream.lane.name == request.model:
+            return stream.lane  # a model that new streams are not given any more
         if lane is None:
             names = ", ".join(sorted(self._models(rights)))
             raise Refused(Code.UNKNOWN_MODEL, f"there is no model '{request.model}', only {names}")
@@ -362,7 +379,7 @@ class Lifecycle:
             stream.peer.handles.discard(stream.handle)
         self._stats.streams["detached" if stream.peer is None else "attached"] -= 1
         self._stats.streams_ended[reason] += 1
-        log = self._log.debug if reason == "closed" else self._log.info
+        log = self._log.debug if reason in ("closed", "reloaded") else self._log.info
         log(
             "stream_ended",
             reason=reason,

@@ -14,13 +14,16 @@ Whatever the model, a tick of several rows computes at most ``max_rows * max_ste
 
 from collections import deque
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from recurd.contract import Contract
 from recurd.streams import Chunk, Stream
+
+if TYPE_CHECKING:
+    from recurd.lane import Lane
 
 #: Streams looked at for one tick, as a multiple of its rows: bounds the work of a tick when most rows do not fit.
 _LOOK_AHEAD = 4
@@ -48,6 +51,11 @@ class Tick:
     lengths: npt.NDArray[np.int32]
     input: npt.NDArray[Any]
     taken_at: float
+
+    @property
+    def lane(self) -> "Lane":
+        """The lane of all its streams."""
+        return self.rows[0].stream.lane
 
 
 class Scheduler:

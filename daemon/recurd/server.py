@@ -81,7 +81,6 @@ class Server:
         self._models, bit_exact = _load_models(settings, device, log)
         for name, model in self._models.items():
             labels[name] = ModelLabels(model.contract.version, model.device, model.contract.weights_sha256[:12])
-        stats.state_bytes = sum(model.state_bytes for model in self._models.values())
         named = (structs.replace(entry, name=name) for entry, name in zip(settings.models, self._models, strict=True))
         settings = structs.replace(settings, models=tuple(named))
         self._tenants = Tenants(settings.tenants)
@@ -181,9 +180,8 @@ class Server:
         tick = self._engine.take_tick(time.monotonic())
         if tick is None:
             return
-        model = self._models[tick.model]
         try:
-            outputs = model.run(tick.slots, tick.fresh, tick.lengths, tick.input)
+            outputs = tick.lane.device.run(tick.slots, tick.fresh, tick.lengths, tick.input)
         except Exception as error:  # whatever the runtime raises, nobody but this tick's streams is told so
             self._engine.fail(tick, error, time.monotonic())
         else:

@@ -209,6 +209,7 @@ _ENDINGS = {
     Code.REPLACED: "was opened anew; its former state is gone",
     Code.EXPIRED: "was idle for longer than its time-out; its state is gone",
     Code.FAILED: "was in a run of the model that failed; its state is gone",
+    Code.RELOADED: "was of a version of the model that was replaced; its state is gone",
     Code.POISONED: "got a result with NaN or infinity from the model; its state is gone",
 }
 
@@ -294,6 +295,10 @@ class Streams:
     def watch(self, stream: Stream) -> None:
         """Put a stream into the order of expiry."""
         heapq.heappush(self._expiry, (stream.last_seen + stream.idle_timeout, stream.handle))
+
+    def of_lane(self, lane: "Lane") -> list[Stream]:
+        """Streams that live on a lane (a scan of all)."""
+        return [stream for stream in self._by_handle.values() if stream.lane is lane]
 
     def of_handle(self, handle: int) -> Stream:
         """A stream by its handle, which a peer holds."""

@@ -365,6 +365,8 @@ class Opened(msgspec.Struct, kw_only=True, frozen=True):
     credit: int
     max_chunk_steps: int
     idle_timeout_seconds: float
+    #: The contract the stream goes by, where it is of a version of the model that was replaced since.
+    contract: dict[str, Any] | msgspec.UnsetType = msgspec.UNSET
 
 
 class Admin(msgspec.Struct, kw_only=True, frozen=True):

@@ -78,6 +78,7 @@ def test_every_label_is_there_from_the_start_at_zero(registry: CollectorRegistry
         "expired",
         "failed",
         "poisoned",
+        "reloaded",
         "replaced",
     }
     assert {key[0] for key in found["recurd_send_failures_total"]} == {"again", "unreachable"}

@@ -116,7 +116,7 @@ class Served:
 
     def __init__(self, model: Model, slots: int) -> None:
         self.contract, self.row_bytes, self.slots = model.contract, model.row_bytes, slots
-        self.rows, self.write_rows = model.rows, model.write_rows
+        self.run, self.rows, self.write_rows = model.run, model.rows, model.write_rows
 
 
 class Desk:
@@ -166,7 +166,7 @@ class Desk:
         """Run one tick, when there is one."""
         tick = self.engine.take_tick(self.now)
         if tick is not None:
-            outputs = self.models[tick.model].run(tick.slots, tick.fresh, tick.lengths, tick.input)
+            outputs = tick.lane.device.run(tick.slots, tick.fresh, tick.lengths, tick.input)
             self.engine.complete(tick, outputs, self.now)
         return tick
 

@@ -1,0 +1,138 @@
+"""Which versions of the models are served: the present one of each, and former ones until their streams have ended.
+
+A new file takes over between two ticks. Where its states are those of the file before (the contract's state hash) and
+what goes in and comes out has the same form, it takes the former one's place in the lane, and streams go on from the
+state they have. Otherwise it gets a lane of its own, on which streams begin from then on; those of the former one
+
+* finish there (``finish``), or
+* end as soon as they have nothing queued (``restart``): ``reloaded``.
+
+A fresh start (a reset) takes a stream over to the present version where the form is the same: nothing of what the
+former one left is needed any more.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Literal
+
+import msgspec
+
+from recurd.arena import Device, Store
+from recurd.lane import Lane
+from recurd.stats import ModelStats, Stats
+from recurd.streams import Stream, Streams
+
+if TYPE_CHECKING:
+    from structlog.typing import FilteringBoundLogger
+
+#: What becomes of streams whose states the new file cannot go on with.
+Incompatible = Literal["finish", "restart"]
+#: Streams ended between two ticks, at most.
+_PIECE = 256
+
+
+class Takeover(msgspec.Struct, frozen=True):
+    """What became of a model's streams: they kept their state, finish on the former version, or end."""
+
+    kept: int = 0
+    finishing: int = 0
+    ending: int = 0
+
+
+class Versions:
+    """All lanes. Owned by the engine."""
+
+    def __init__(
+        self,
+        make_lane: Callable[[str, Device, ModelStats], Lane],
+        *,
+        streams: Streams,
+        stats: Stats,
+        log: "FilteringBoundLogger",
+    ) -> None:
+        #: The present one of each model, by name.
+        self.present: dict[str, Lane] = {}
+        self.former: list[Lane] = []
+        #: All of them, the one whose turn it is first.
+        self.turns: deque[Lane] = deque()
+        self._make_lane = make_lane
+        self._streams = streams
+        self._stats = stats
+        self._log = log
+        self._store: Store | None = None
+        # Streams of lanes that are ending, to be looked at; some have ended or moved since.
+        self._to_end: list[Stream] = []
+
+    def keep_in(self, store: Store) -> None:
+        """See :meth:`recurd.engine.Engine.keep_in`."""
+        self._store = store
+        for lane in self.turns:
+            lane.slots.store = store
+
+    # --- taking over ---
+
+    def add(self, name: str, device: Device) -> None:
+        """Serve a model under a name that is free."""
+        stats = self._stats.models.get(name) or self._stats.add_model(name, 0)
+        self._count(stats, device, 1)
+        lane = self.present[name] = self._make_lane(name, device, stats)
+        lane.slots.store = self._store
+        self.turns.append(lane)
+
+    def replace(self, name: str, device: Device, incompatible: Incompatible) -> Takeover:
+        """Put a new file, with as many slots, in the place of a model; none of its ticks may be out."""
+        lane = self.present[name]
+        if lane.goes_on_with(device.contract):
+            lane.change(device)
+            return Takeover(kept=lane.streams)
+        takeover = self.remove(name, incompatible)
+        self.add(name, device)
+        return takeover
+
+    def remove(self, name: str, incompatible: Incompatible) -> Takeover:
+        """No stream begins on this model any more."""
+        lane = self.present.pop(name)
+        lane.is_former = True
+        self.former.append(lane)
+        if incompatible == "finish":
+            return Takeover(finishing=lane.streams)
+        lane.is_ending = True
+        self._to_end += self._streams.of_lane(lane)
+        return Takeover(ending=lane.streams)
+
+    # --- after that ---
+
+    @property
+    def has_to_end(self) -> bool:
+        """Whether there are streams to be ended now."""
+        return bool(self._to_end)
+
+    def due(self) -> Iterator[Stream]:
+        """Some of the streams that have nothing queued and end because of a reload; the caller ends them."""
+        for _ in range(min(_PIECE, len(self._to_end))):
+            stream = self._to_end.pop()
+            if stream.lane.is_ending and not stream.ended and not stream.queue:
+                yield stream
+
+    def renew(self, stream: Stream) -> bool:
+        """Take a stream that is at a fresh start, and not in line, over to the present version, if it can be."""
+        former, present = stream.lane, self.present.get(stream.lane.name)
+        if not former.is_former or present is None or present.contract.form != former.contract.form:
+            return False
+        former.slots.drop(stream)
+        former.streams -= 1
+        present.streams += 1
+        stream.lane = present
+        return True
+
+    def drop(self) -> None:
+        """Let go of former versions that have no stream any more, and of their memory."""
+        for lane in [lane for lane in self.former if not lane.streams and not lane.busy]:
+            self.former.remove(lane)
+            self.turns.remove(lane)
+            self._count(lane.stats, lane.device, -1)
+            self._log.info("version_dropped", model=lane.name, version=lane.version)
+
+    def _count(self, stats: ModelStats, device: Device, sign: int) -> None:
+        stats.slots += sign * device.slots
+        self._stats.state_bytes += sign * device.slots * device.row_bytes
