@@ -307,8 +307,8 @@ class Session:
                 self._settle(writer)
         elif header.type == wire.Type.PONG:
             self._ponged(header.seq, now)
-        elif header.type == wire.Type.WELCOME and header.seq == self._hello_id:
-            self._welcomed(wire.decode_body(payload, wire.Welcome), now)
+        elif header.type == wire.Type.WELCOME:
+            self._told(header, wire.decode_body(payload, wire.Welcome), now)
 
     def _settle(self, writer: Writer) -> None:
         """After anything came for a stream: it may have more to send, or have ended."""
@@ -320,6 +320,14 @@ class Session:
                 del self._by_handle[writer.handle]
             if self._writers.get(writer.stream) is writer:
                 del self._writers[writer.stream]
+
+    def _told(self, header: wire.Header, welcome: wire.Welcome, now: float) -> None:
+        if header.seq == self._hello_id:
+            self._welcomed(welcome, now)
+        elif not header.seq and self._state is _State.READY:
+            # Unasked: the daemon serves other models from now on. Streams that are open keep their signature.
+            self._signatures = {}
+            self.welcome = welcome
 
     def _welcomed(self, welcome: wire.Welcome, now: float) -> None:
         if self._state is not _State.GREETING:
@@ -338,13 +346,16 @@ class Session:
             return
         self._by_handle[header.handle] = writer
         try:
-            writer.opened(header, body, self._signature(body.model), now)
+            writer.opened(header, body, self._signature(body), now)
         except (KeyError, msgspec.ValidationError) as error:
             writer.end(Refused(Code.BAD_FRAME, f"the contract of model '{body.model}' cannot be read here: {error!r}"))
         self._settle(writer)
 
-    def _signature(self, model: str) -> Signature:
+    def _signature(self, body: wire.Opened) -> Signature:
         assert self.welcome is not None  # nothing is opened before
+        if body.contract is not msgspec.UNSET:
+            return Signature(body.contract)  # of a version of the model that was replaced since
+        model = body.model
         if model not in self._signatures:
             self._signatures[model] = Signature(self.welcome.models[model])
         return self._signatures[model]
