@@ -41,7 +41,7 @@ class Connection:
     def hello(self) -> wire.Welcome:
         """Say HELLO."""
         body = wire.Hello(client="recurd bench", multi=True)
-        ((header, payload),) = self.ask([wire.control(wire.Type.HELLO, body)], self._timeout_seconds)
+        ((header, payload),) = self.ask([wire.control(wire.Type.HELLO, body, seq=1)], self._timeout_seconds)
         _raise_error(header, payload)
         return wire.decode_body(payload, wire.Welcome)
 
@@ -78,6 +78,8 @@ class Connection:
             if not self.socket.poll(max(0, int((end - time.monotonic()) * 1000))):
                 raise self.unanswered()
             header, payload = wire.decode(self.socket.recv())
+            if header.type == wire.Type.WELCOME and not header.seq:
+                continue  # nobody asked for it: a model was replaced
             if header.type in _CONTROL_ANSWERS and not (header.type == wire.Type.ERROR and _is_of_record(payload)):
                 answers.append((header, payload))
         return answers

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import structlog.testing
@@ -54,6 +55,7 @@ class Reference:
         self.credit = credit
         self.busy = False
         self.refuse_opens: Code | None = None
+        self.former: dict[str, Any] | None = None
         self.greeted: set[int] = set()
         self.lives: dict[str, Life] = {}
         self.ended: dict[int, Code] = {}
@@ -126,6 +128,7 @@ class Reference:
             credit=self.credit,
             max_chunk_steps=100,
             idle_timeout_seconds=60.0,
+            contract=self.former or msgspec.UNSET,
         )
         return self.say(peer, wire.control(wire.Type.OPENED, opened, handle=life.handle, seq=header.seq))
 
@@ -1038,3 +1041,33 @@ def test_whatever_happens_each_chunk_runs_once_in_order_and_is_answered_once(
     pair.deliver_late()
     pair.settle()
     course.check()
+
+
+# --- models that are replaced ---
+
+
+def test_a_welcome_that_nobody_asked_for_holds_for_streams_opened_from_then_on(pair: Pair, writer: Writer) -> None:
+    assert pair.session.welcome is not None
+    signature = writer.signature
+    wide = CONTRACT | {"input": {"dtype": "float32", "shape": [2]}}
+    welcome = msgspec.structs.replace(pair.session.welcome, models={"sum": wide})
+    pair.daemon.say(pair.peer, wire.control(wire.Type.WELCOME, welcome))
+    pair.deliver_down()
+
+    second = pair.open("second")
+    pair.exchange()
+
+    assert pair.session.welcome == welcome
+    assert second.signature is not None
+    assert second.signature.width == 2
+    assert writer.signature is signature
+
+
+def test_a_stream_of_a_former_version_is_read_by_its_own_contract(pair: Pair) -> None:
+    pair.daemon.former = CONTRACT | {"input": {"dtype": "float32", "shape": [3]}}
+
+    writer = pair.open()
+    pair.exchange()
+
+    assert writer.signature is not None
+    assert writer.signature.width == 3
