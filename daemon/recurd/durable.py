@@ -40,7 +40,7 @@ class Durable:
         self._log = log
         durability = settings.durability
         assert durability.mode != "off"
-        self._journal = Journal(Path(durability.directory), durability.mode)
+        self._journal = Journal(Path(durability.directory), durability.mode, max_ended=settings.limits.ended_streams)
         try:
             stamps = {name: model.stamp for name, model in models.items()}
             for drift in self._journal.stamp(stamps, accept_drift=durability.accept_drift):
@@ -57,10 +57,12 @@ class Durable:
         self._journal.close()
 
     def restore(self, now: float) -> int:
-        """Give the engine all streams of the journal; how many there were.
+        """Give the engine all streams of the journal, and how others ended; how many streams there were.
 
         Raises :class:`JournalError` for a damaged one.
         """
+        for handle, ended in self._journal.endings():
+            self._engine.remember(handle, ended)
         count = 0
         for handle, saved, answers in self._journal.load():
             self._engine.restore(handle, saved, answers, now)

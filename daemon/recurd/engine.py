@@ -30,7 +30,7 @@ from recurd.peers import Outbox, Peer, Peers
 from recurd.saving import SavedAnswer, SavedStream, Saving, Unsaved
 from recurd.scheduler import Row, Tick, assemble
 from recurd.stats import ModelStats, Stats
-from recurd.streams import Chunk, Stream, Streams
+from recurd.streams import Chunk, Ended, Stream, Streams
 from recurd.tenants import LOCAL, Tenants
 from recurd.versions import Incompatible, Takeover, Versions
 
@@ -450,6 +450,10 @@ class Engine:
     def restore(self, handle: int, saved: SavedStream, answers: list[SavedAnswer], now: float) -> None:
         """Go on with a stream out of the journal, before anything is received. Its state stays there until it runs."""
         self._lifecycle.restore(handle, saved, answers, now)
+
+    def remember(self, handle: int, ended: Ended) -> None:
+        """Know how a stream ended, out of the journal: who comes late is told."""
+        self._streams.remember(handle, ended)
 
     def to_save(self) -> Saving | None:
         """What changed since the last :meth:`saved`; nothing that was put out may be sent before it is saved."""

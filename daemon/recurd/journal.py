@@ -6,10 +6,11 @@ been told stands on disk, and what it was not told has not happened.
 
 ``process``: commits are in the page cache and survive the death of the process. ``power``: each is synced to the disk.
 
-The store is a folder with an LMDB environment of three tables: ``meta`` (format, and one
-:class:`~recurd.saving.Stamp` a model), ``streams`` (by handle) and ``answers`` (by handle and seq). Every value starts
-with its CRC-32, because LMDB looks at nothing but its own pages' structure. ``python -m recurd.journal FOLDER`` reads a
-whole store and says what is wrong with it.
+The store is a folder with an LMDB environment of four tables: ``meta`` (format, and one
+:class:`~recurd.saving.Stamp` a model), ``streams`` (by handle), ``answers`` (by handle and seq) and ``endings`` (how
+streams ended, in that order, so that who comes late is told by the next daemon too). Every value starts with its
+CRC-32, because LMDB looks at nothing but its own pages' structure. ``python -m recurd.journal FOLDER`` reads a whole
+store and says what is wrong with it.
 """
 
 import fcntl
@@ -27,9 +28,10 @@ import msgspec
 
 from recurd.errors import JournalError
 from recurd.saving import SavedAnswer, SavedStream, Saving, Stamp, new_answers, old_answers
+from recurd.streams import Ended
 
-FORMAT = 1
-_TABLES = (b"meta", b"streams", b"answers")
+_FORMAT = b"2"
+_TABLES = (b"meta", b"streams", b"answers", b"endings")
 _FORMAT_KEY = b"format"
 _STAMP_PREFIX = b"model:"
 #: The store grows by doubling from here; it is sparse, and address space costs nothing.
@@ -44,16 +46,17 @@ _ANSWER_HEAD = struct.Struct("<IH")
 class Journal:
     """The open store. Owns its folder, which no other process can open meanwhile."""
 
-    def __init__(self, folder: Path, mode: Literal["process", "power"]) -> None:
-        """Open a store, or make one. Raises :class:`JournalError`."""
+    def __init__(self, folder: Path, mode: Literal["process", "power"], *, max_ended: int = 65_536) -> None:
+        """Open a store, or make one, which remembers ``max_ended`` endings. Raises :class:`JournalError`."""
         self._folder = folder
+        self._max_ended = max_ended
         self._lock = _lock(folder)
         try:
             check(folder)
             self._env = _open(folder, sync=mode == "power")
             self._data = os.stat(folder / "data.mdb")
             with self._env.begin(write=True) as transaction:
-                self._meta, self._streams, self._answers = (
+                self._meta, self._streams, self._answers, self._endings = (
                     self._env.open_db(name, txn=transaction) for name in _TABLES
                 )
                 self._check_format(transaction)
@@ -80,8 +83,8 @@ class Journal:
     def _check_format(self, transaction: Any) -> None:
         found = transaction.get(_FORMAT_KEY, db=self._meta)
         if found is None:
-            transaction.put(_FORMAT_KEY, _pack(str(FORMAT).encode()), db=self._meta)
-        elif _unpack(found, "the format") != str(FORMAT).encode():
+            transaction.put(_FORMAT_KEY, _pack(_FORMAT), db=self._meta)
+        elif _unpack(found, "the format") != _FORMAT:
             raise JournalError(f"{self._folder}: holds streams in a format that is not known here")
 
     # --- start ---
@@ -141,6 +144,12 @@ class Journal:
                 retained = [answer for answer in answers.get(handle, []) if stream.acked < answer[0] <= stream.seq]
                 yield handle, stream, retained
 
+    def endings(self) -> Iterator[tuple[int, Ended]]:
+        """Handles of streams that ended, and how, the first one first. Raises :class:`JournalError`."""
+        with self._env.begin() as transaction:
+            for _, value in transaction.cursor(db=self._endings):
+                yield msgspec.msgpack.decode(_unpack(value, "an ending"), type=tuple[int, Ended])
+
     def states(self, handles: list[int]) -> list[bytes]:
         """The states of streams as they were saved last, none of them at a fresh start.
 
@@ -186,12 +195,13 @@ class Journal:
             for answer in new_answers(stream)
         ]
         gone = [_ANSWER.pack(stream.handle, seq) for stream in saving.streams for seq in old_answers(stream)]
-        for stream in saving.ended:
+        for stream, _ in saving.ended:
             gone += [_ANSWER.pack(stream.handle, seq) for seq in range(stream.forgotten + 1, stream.saved + 1)]
-        ended = [_HANDLE.pack(stream.handle) for stream in saving.ended]
+        ended = [_HANDLE.pack(stream.handle) for stream, _ in saving.ended]
+        endings = [_pack(msgspec.msgpack.encode((stream.handle, how))) for stream, how in saving.ended]
         while True:
             try:
-                self._write(streams, answers, gone, ended)
+                self._write(streams, answers, gone, ended, endings)
                 return
             except lmdb.MapFullError:
                 self._grow()
@@ -204,6 +214,7 @@ class Journal:
         answers: Iterable[tuple[bytes, bytes]],
         gone: Iterable[bytes],
         ended: Iterable[bytes],
+        endings: list[bytes],
     ) -> None:
         with self._env.begin(write=True) as transaction:
             transaction.cursor(db=self._streams).putmulti(streams)
@@ -212,6 +223,17 @@ class Journal:
                 transaction.delete(key, db=self._answers)
             for key in ended:
                 transaction.delete(key, db=self._streams)
+            if endings:
+                self._remember(transaction, endings)
+
+    def _remember(self, transaction: Any, endings: list[bytes]) -> None:
+        """Put endings behind those there are, and let the oldest go."""
+        cursor = transaction.cursor(db=self._endings)
+        first = _HANDLE.unpack(cursor.key())[0] + 1 if cursor.last() else 0
+        cursor.putmulti([(_HANDLE.pack(first + index), ending) for index, ending in enumerate(endings)])
+        for _ in range(transaction.stat(self._endings)["entries"] - self._max_ended):
+            cursor.first()
+            cursor.delete()
 
     def _grow(self) -> None:
         try:
@@ -259,7 +281,7 @@ def _open(folder: Path, *, sync: bool = True, readonly: bool = False) -> lmdb.En
         # Not writemap: a full disk would end the process with SIGBUS instead of an error.
         return lmdb.open(
             str(folder),
-            max_dbs=3,
+            max_dbs=len(_TABLES),
             map_size=max(_FIRST_MAP_BYTES, 2 * size),
             sync=sync,
             metasync=sync,
@@ -310,6 +332,8 @@ def _read_through(folder: Path) -> None:
                 table = env.open_db(name, txn=transaction, create=False)
                 for key, value in transaction.cursor(db=table):
                     _unpack(value, f"{name.decode()} {key.hex()}")
+                    if key == _FORMAT_KEY and value != _pack(_FORMAT):
+                        return  # it has other tables; whoever opens it says so
     except lmdb.NotFoundError as error:
         raise JournalError("the journal is damaged: a table is missing") from error
     except lmdb.Error as error:

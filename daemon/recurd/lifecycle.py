@@ -363,7 +363,7 @@ class Lifecycle:
         """
         lane = stream.lane
         ended = self._streams.end(stream, code)
-        self._unsaved.end(stream)
+        self._unsaved.end(stream, ended)
         lane.retain(-sum(len(payload) for _, _, (_, payload) in stream.answers), stream.share)
         queued, stream.queue = stream.queue, []
         lane.leave(len(queued), sum(chunk.data.nbytes for chunk in queued), stream.share)

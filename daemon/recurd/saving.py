@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import msgspec
 
 from recurd import wire
-from recurd.streams import Stream
+from recurd.streams import Ended, Stream
 
 #: A retained answer: seq, generation, and the record's header and payload.
 SavedAnswer = tuple[int, int, bytes, bytes]
@@ -83,8 +83,8 @@ class Saving:
     """What has changed since the last one."""
 
     streams: list[Stream]
-    #: Streams that have ended.
-    ended: list[Stream]
+    #: Streams that have ended, and how.
+    ended: list[tuple[Stream, Ended]]
 
 
 class Unsaved:
@@ -94,18 +94,18 @@ class Unsaved:
         #: Whether anything is.
         self.durable = durable
         self._streams: dict[int, Stream] = {}
-        self._ended: list[Stream] = []
+        self._ended: list[tuple[Stream, Ended]] = []
 
     def note(self, stream: Stream) -> None:
         """A stream began, or a record of it was answered."""
         if self.durable:
             self._streams[stream.handle] = stream
 
-    def end(self, stream: Stream) -> None:
+    def end(self, stream: Stream, ended: Ended) -> None:
         """A stream ended."""
         if self.durable:
             self._streams.pop(stream.handle, None)
-            self._ended.append(stream)
+            self._ended.append((stream, ended))
 
     def take(self) -> Saving | None:
         """All of them; ``None`` when there are none. They stay noted until :meth:`saved`."""

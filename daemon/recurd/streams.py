@@ -321,13 +321,18 @@ class Streams:
         if len(self._expiry) > 2 * len(self._by_handle) + _EXPIRY_SLACK:
             self._expiry = [entry for entry in self._expiry if entry[1] in self._by_handle]
             heapq.heapify(self._expiry)
-        ended = self._ended[stream.handle] = Ended(*key, code, stream.generation, stream.accepted)
-        self._ended_names[key] = stream.handle
+        ended = Ended(*key, code, stream.generation, stream.accepted)
+        self.remember(stream.handle, ended)
+        return ended
+
+    def remember(self, handle: int, ended: Ended) -> None:
+        """Remember how a stream ended, as the last one of its name; the oldest memories go."""
+        self._ended[handle] = ended
+        self._ended_names[ended.tenant, ended.name] = handle
         while len(self._ended) > self._max_ended:
             handle, oldest = self._ended.popitem(last=False)
             if self._ended_names.get((oldest.tenant, oldest.name)) == handle:
                 del self._ended_names[oldest.tenant, oldest.name]
-        return ended
 
     def expired(self, now: float) -> list[Stream]:
         """Streams whose idle time-out has passed; the caller ends them. Amortised over records, never a scan of all."""

@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lmdb
 import numpy as np
@@ -13,12 +13,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dialogue import Caller, Desk, chunk, closing, opening, reset
+from recurd import wire
 from recurd.config import Config, override
 from recurd.durable import RETRY_SECONDS, Durable
-from recurd.errors import JournalError
+from recurd.errors import Code, JournalError
 from recurd.journal import Journal
 from recurd.model import Model
-from recurd.saving import Stamp
+from recurd.saving import Saving, Stamp
+from recurd.streams import Streams
 from recurd.wire import Flag, Type
 from recurrent import Network
 
@@ -179,8 +181,33 @@ def test_ended_streams_leave_nothing_behind(model: Model, tmp_path: Path) -> Non
     assert answers_on_disk(tmp_path) == 0
 
 
+def test_the_next_daemon_knows_how_streams_ended_and_forgets_the_oldest(model: Model, tmp_path: Path) -> None:
+    with Daemon(tmp_path, model) as first:
+        caller = first.connect()
+        closed, expired = caller.handle("closed"), caller.handle("expired", idle_timeout_seconds=1.0)
+        caller.run(chunk(expired, 1, draw(1, 3)))
+        caller.ask(closing(closed))
+        first.now += 2
+        first.run()
+        first.sort()
+    for _ in range(2):  # it goes on knowing
+        with Daemon(tmp_path, model) as second:
+            caller = second.connect()
+            assert caller.ask(wire.frame(chunk(expired, 2, draw(1, 3), ack=1))).body["last_seq"] == 1
+            assert caller.open("expired", mode="resume").code == "expired"
+            assert caller.open("closed", mode="resume").code == "closed"
+    with contextlib.closing(Journal(tmp_path / "journal", "process", max_ended=3)) as journal:
+        for number in range(5):
+            streams = Streams(number + 1, max_ended=1)
+            stream = streams.add(
+                tenant="local", name=f"s{number}", lane=cast(Any, None), generation=1, idle_timeout=1.0, now=0.0
+            )
+            journal.commit(Saving([], [(stream, streams.end(stream, Code.CLOSED))]), {})
+        assert [(handle, ended.name) for handle, ended in journal.endings()] == [(3, "s2"), (4, "s3"), (5, "s4")]
+
+
 def answers_on_disk(folder: Path) -> int:
-    with contextlib.closing(lmdb.open(str(folder / "journal"), max_dbs=3, readonly=True)) as env:
+    with contextlib.closing(lmdb.open(str(folder / "journal"), max_dbs=4, readonly=True)) as env:
         table = env.open_db(b"answers", create=False)
         with env.begin() as transaction:
             entries: int = transaction.stat(table)["entries"]
