@@ -5,6 +5,7 @@
     │   ├── ConfigError       the configuration is wrong                        (exit 78)
     │   ├── ContractError     a model file is missing, broken or has no contract (exit 65)
     │   ├── DeviceError       the device asked for cannot be had                (exit 69)
+    │   ├── DeviceLost        the device has gone while it was used              (exit 71)
     │   ├── AddressError      an address cannot be bound                        (exit 75)
     │   └── ExportError       a model cannot be exported (recurd_export.errors)  (exit 70)
     ├── Refused(code)         this request was refused; nothing happened, the stream lives
@@ -29,6 +30,7 @@ class ExitCode(IntEnum):
     CONTRACT = 65
     DEVICE = 69
     EXPORT = 70
+    DEVICE_LOST = 71
     JOURNAL = 74
     ADDRESS = 75
     CONFIG = 78
@@ -120,6 +122,12 @@ class DeviceError(StartError):
     """The device asked for cannot be had, or the model does not run on it as it must."""
 
     exit_code = ExitCode.DEVICE
+
+
+class DeviceLost(StartError):
+    """The device does not answer any more; a new process may get it back."""
+
+    exit_code = ExitCode.DEVICE_LOST
 
 
 class JournalError(StartError):

@@ -16,12 +16,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING
 
+import numpy as np
 import zmq
 from msgspec import structs
 
 from recurd import config, systemd, verify
+from recurd.arena import Device
 from recurd.engine import Engine
-from recurd.errors import AddressError, ConfigError, ExitCode, StartError
+from recurd.errors import AddressError, ConfigError, DeviceLost, ExitCode, StartError
 from recurd.http import Application, Health, HttpServer, Phase
 from recurd.lifecycle import Identity
 from recurd.logs import open_log
@@ -184,6 +186,7 @@ class Server:
             outputs = tick.lane.device.run(tick.slots, tick.fresh, tick.lengths, tick.input)
         except Exception as error:  # whatever the runtime raises, nobody but this tick's streams is told so
             self._engine.fail(tick, error, time.monotonic())
+            _check_device(tick.lane.device)
         else:
             self._engine.complete(tick, outputs, time.monotonic())
 
@@ -295,6 +298,17 @@ def _load_models(
             seconds=round(time.monotonic() - begin, 3),
         )
     return models, tuple(bit_exact)
+
+
+def _check_device(device: Device) -> None:
+    """After a run that raised: whether it was the input, or the device is gone. Raises :class:`DeviceLost`.
+
+    Some errors of CUDA stay for the rest of the process; then every run would fail and nobody would look after it.
+    """
+    try:
+        device.rows(np.zeros(1, np.int64))
+    except Exception as error:
+        raise DeviceLost(f"the device does not answer any more: {error}") from error
 
 
 def _bind(settings: config.Config, stack: ExitStack) -> tuple[zmq.Socket[bytes], list[str]]:

@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 
 import recurd
-from process import Process, eventually
+from dialogue import chunk, opening
+from process import Dealer, Process, eventually
+from recurd import wire
 from recurd.errors import ExitCode
 from recurrent import Network
 
@@ -131,3 +133,47 @@ def _fill(path: Path) -> None:
                 os.write(file.fileno(), bytes(4096))
         except OSError:
             return
+
+
+BROKEN = """
+import os
+from recurd.model import Model
+
+def broken(method, flag):
+    def call(self, *arguments):
+        if os.path.exists(flag):
+            raise RuntimeError("CUDA error: unspecified launch failure")
+        return method(self, *arguments)
+    return call
+
+Model.run, Model.rows = broken(Model.run, "RUN"), broken(Model.rows, "ROWS")
+"""
+
+
+def test_a_run_that_raises_ends_no_daemon_but_a_device_that_is_gone_does(tmp_path: Path) -> None:
+    """What goes wrong in a device is put into the daemon's process from outside."""
+    run, rows = tmp_path / "run", tmp_path / "rows"
+    (tmp_path / "sitecustomize.py").write_text(BROKEN.replace("RUN", str(run)).replace("ROWS", str(rows)))
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    model = PUMP.save(tmp_path / "pump.onnx")
+    arguments = [model, "--bind", "tcp://127.0.0.1:*", "--metrics", "", "--journal", tmp_path / "journal"]
+    x = PUMP.draw(4, np.random.default_rng(0))
+    with Process(tmp_path, *arguments, PYTHONPATH=path) as daemon, Dealer(daemon.ready().endpoint) as dealer:
+        handle = dealer.handle("s")
+        results = [dealer.ask(wire.frame(chunk(handle, 1, x))).output]
+        run.touch()
+        assert dealer.ask(wire.frame(chunk(handle, 2, x, ack=1))).code == "run_failed"
+        run.unlink()
+        results.append(dealer.ask(wire.frame(chunk(handle, 2, x, ack=1))).output)
+        run.touch()
+        rows.touch()
+        dealer.send(wire.frame(chunk(handle, 3, x, ack=2)))
+        assert daemon.wait() == ExitCode.DEVICE_LOST
+        assert "recurd: the device does not answer any more: CUDA error" in daemon.log
+    run.unlink()
+    rows.unlink()
+    with Process(tmp_path, *arguments, PYTHONPATH=path) as daemon, Dealer(daemon.ready().endpoint) as dealer:
+        assert dealer.ask(opening("s", mode="resume", generation=1)).body["last_seq"] == 2
+        results.append(dealer.ask(wire.frame(chunk(handle, 3, x, ack=2))).output)
+
+    np.testing.assert_allclose(np.concatenate(results), PUMP.run(np.concatenate([x] * 3))[0]["output"], rtol=1e-4)

@@ -16,8 +16,8 @@ Examples:
   recurd serve pump.onnx --journal ~/pump-streams
   recurd serve --config /etc/recurd/recurd.toml --check
 \b
-Exit codes: 0 stopped as asked, 65 a model file is not good, 69 no such device, 74 the journal cannot be gone on with,
-75 an address cannot be bound, 78 the configuration is wrong.
+Exit codes: 0 stopped as asked, 65 a model file is not good, 69 no such device, 71 the device has gone, 74 the journal
+cannot be gone on with, 75 an address cannot be bound, 78 the configuration is wrong.
 """
 
 
