@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from recurd.contract import Contract
+from recurd.saving import Stamp
 from recurd.stats import ModelStats
 from recurd.streams import NO_SLOT, Stream
 
@@ -49,6 +50,11 @@ class Device(Protocol):
         input: npt.NDArray[Any],
     ) -> list[npt.NDArray[Any]]:
         """One tick; see :meth:`recurd.model.Model.run`."""
+        ...
+
+    @property
+    def stamp(self) -> Stamp:
+        """What the bits of its states depend on."""
         ...
 
     def rows(self, slots: npt.NDArray[np.int64]) -> list[bytes]:

@@ -24,8 +24,10 @@ from recurd.admin import Admin
 from recurd.arena import Device, Store
 from recurd.config import Config
 from recurd.errors import Broken, Code, Refused
+from recurd.fences import Fences
 from recurd.lane import Lane, Room
 from recurd.lifecycle import Identity, Lifecycle, header_of
+from recurd.moving import Moving
 from recurd.peers import Outbox, Peer, Peers
 from recurd.saving import SavedAnswer, SavedStream, Saving, Unsaved
 from recurd.scheduler import Row, Tick, assemble
@@ -89,6 +91,7 @@ class Engine:
         self._lanes = self._versions.present
         self._peers = Peers()
         self._outbox = Outbox(stats, max_message_bytes=limits.message_bytes)
+        self._fences = Fences()
         self._unsaved = Unsaved(config.durability.mode != "off")
         #: Why nothing can be saved, and so nothing accepted, at present.
         self._halted: str | None = None
@@ -100,14 +103,25 @@ class Engine:
             room=self._room,
             lanes=self._lanes,
             streams=self._streams,
+            fences=self._fences,
             peers=self._peers,
             outbox=self._outbox,
             unsaved=self._unsaved,
             stats=stats,
             log=log,
         )
+        self._moving = Moving(
+            versions=self._versions,
+            streams=self._streams,
+            fences=self._fences,
+            peers=self._peers,
+            outbox=self._outbox,
+            unsaved=self._unsaved,
+            lifecycle=self._lifecycle,
+            log=log,
+        )
         #: ADMIN commands; its ``requests`` are the caller's to carry out and to answer.
-        self.admin = Admin(self._outbox, {}, process_commands)
+        self.admin = Admin(self._outbox, self._moving.commands, process_commands)
         # in flight
         self._turns = self._versions.turns
 
@@ -226,6 +240,8 @@ class Engine:
             else:
                 stream.queue[header.seq - stream.answered - 1].attempt = header.flags & wire.ATTEMPT
             return None
+        if stream.fence is not None:
+            raise stream.fence.refusal(stream.name)
         if stream.closing is not None:
             raise Refused(Code.CLOSED, f"stream '{stream.name}' is being closed")
         if self._lifecycle.draining:
@@ -246,6 +262,7 @@ class Engine:
         self._lifecycle.expire(now)
         if self._versions.former:
             self._look_after_former()
+        self._moving.expire(now)
         for _ in range(len(self._turns)):
             lane = self._turns[0]
             self._turns.rotate(-1)
@@ -485,7 +502,8 @@ class Engine:
             return None
         if self._versions.has_to_end or any(len(lane.scheduler) and not lane.busy for lane in self._turns):
             return 0.0
-        return self._lifecycle.deadline()
+        due = (self._lifecycle.deadline(), self._fences.deadline())
+        return min((time for time in due if time is not None), default=None)
 
     def disconnected(self, routing_id: bytes) -> None:
         """Note that a connection is gone; its streams stay, detached."""
@@ -509,6 +527,7 @@ class Engine:
         """New streams, or all chunks, are refused."""
         return (
             self._halted is not None
+            or self._fences.redirect is not None
             or self._room.full
             or len(self._streams) >= self._max_streams
             or all(lane.full for lane in self._lanes.values())

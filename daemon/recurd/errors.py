@@ -52,6 +52,7 @@ class Code(IntEnum):
     UNKNOWN_STREAM = 13
     NO_SLOTS = 14
     TOO_MANY_STREAMS = 15
+    EXISTS = 16
     # what a tenant may not
     FORBIDDEN = 17
     # addressing a stream
@@ -75,6 +76,7 @@ class Code(IntEnum):
     DRAINING = 51
     RUN_FAILED = 52
     LATE = 54
+    MOVED = 55
     # the stream's state is lost
     EXPIRED = 60
     FAILED = 61
@@ -146,7 +148,8 @@ class Refused(RecurdError):
     """A request was refused. Nothing happened: the stream lives and the seq is free to be used again.
 
     ``expected`` is the seq the daemon waits for (with ``gap`` and ``stale``, else ``None``), ``generation`` the
-    stream's own (with ``stale``); ``retry_after_seconds`` is set for codes in :data:`PASSING`.
+    stream's own (with ``stale``); ``retry_after_seconds`` is set for codes in :data:`PASSING`. ``endpoint``,
+    ``server_key`` and ``group`` (with ``moved``): where the stream is served now, and with which others it left.
     """
 
     def __init__(
@@ -157,6 +160,9 @@ class Refused(RecurdError):
         expected: int | None = None,
         generation: int | None = None,
         retry_after_seconds: float | None = None,
+        endpoint: str | None = None,
+        server_key: str | None = None,
+        group: str | None = None,
     ) -> None:
         super().__init__(f"{code.word}: {text}")
         self.code = code
@@ -164,6 +170,9 @@ class Refused(RecurdError):
         self.expected = expected
         self.generation = generation
         self.retry_after_seconds = retry_after_seconds
+        self.endpoint = endpoint
+        self.server_key = server_key
+        self.group = group
 
     def __reduce__(self) -> tuple[Any, ...]:
         """So that it can leave a worker process: the default would call ``Refused`` with its one-line text alone."""
@@ -171,6 +180,9 @@ class Refused(RecurdError):
             "expected": self.expected,
             "generation": self.generation,
             "retry_after_seconds": self.retry_after_seconds,
+            "endpoint": self.endpoint,
+            "server_key": self.server_key,
+            "group": self.group,
         }
         return partial(Refused, **details), (self.code, self.text)
 

@@ -198,7 +198,7 @@ class Journal:
         for stream, _ in saving.ended:
             gone += [_ANSWER.pack(stream.handle, seq) for seq in range(stream.forgotten + 1, stream.saved + 1)]
         ended = [_HANDLE.pack(stream.handle) for stream, _ in saving.ended]
-        endings = [_pack(msgspec.msgpack.encode((stream.handle, how))) for stream, how in saving.ended]
+        endings = [_pack(msgspec.msgpack.encode((s.handle, how))) for s, how in saving.ended if how is not None]
         while True:
             try:
                 self._write(streams, answers, gone, ended, endings)
@@ -217,12 +217,13 @@ class Journal:
         endings: list[bytes],
     ) -> None:
         with self._env.begin(write=True) as transaction:
-            transaction.cursor(db=self._streams).putmulti(streams)
-            transaction.cursor(db=self._answers).putmulti(answers)
+            # First what is gone: a stream may come back, from another daemon, in the round in which it ended.
             for key in gone:
                 transaction.delete(key, db=self._answers)
             for key in ended:
                 transaction.delete(key, db=self._streams)
+            transaction.cursor(db=self._streams).putmulti(streams)
+            transaction.cursor(db=self._answers).putmulti(answers)
             if endings:
                 self._remember(transaction, endings)
 

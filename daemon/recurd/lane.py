@@ -11,6 +11,7 @@ from recurd.arena import Device, Slots
 from recurd.config import Config, Limits
 from recurd.contract import Contract
 from recurd.errors import Code, Refused
+from recurd.saving import Stamp
 from recurd.scheduler import Scheduler
 from recurd.stats import ModelStats
 from recurd.streams import Chunk
@@ -71,6 +72,7 @@ class Lane:
         #: Whether its streams end as soon as they have nothing queued.
         self.is_ending = False
         self.slots = Slots(device, stats, clock)
+        self.row_bytes = device.row_bytes
         #: Streams of the model, and how many there may be: as many as have room for their states. None is waited for
         #: in memory where there is a journal.
         self.streams = 0
@@ -104,6 +106,11 @@ class Lane:
         self._heads = [(head.per == "step", head.width * np.dtype(head.dtype).itemsize) for head in contract.heads]
 
     @property
+    def stamp(self) -> Stamp:
+        """What the bits of its streams' states depend on."""
+        return self.slots.device.stamp
+
+    @property
     def device(self) -> Device:
         """Where its model runs."""
         return self.slots.device
@@ -121,7 +128,11 @@ class Lane:
     @property
     def full(self) -> bool:
         """There is no room for the state of another stream."""
-        return self.slots.store is None and self.streams >= self._max_streams
+        return self.has_no_room(1)
+
+    def has_no_room(self, count: int) -> bool:
+        """There is none for the states of so many more streams."""
+        return self.slots.store is None and self.streams + count > self._max_streams
 
     def enter(self, chunk: Chunk, is_first: bool, share: Share | None) -> None:
         """Count a chunk that is about to be queued. Raises :class:`Refused` (``busy``, ``limit``) without room for it.

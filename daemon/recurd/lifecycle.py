@@ -13,11 +13,12 @@ import recurd
 from recurd import wire
 from recurd.config import Config
 from recurd.errors import Broken, Code, Refused
+from recurd.fences import Fences
 from recurd.lane import Lane, Room
 from recurd.peers import Outbox, Peer, Peers
 from recurd.saving import SavedAnswer, SavedStream, Unsaved, answer
 from recurd.stats import Stats
-from recurd.streams import Chunk, Stream, Streams
+from recurd.streams import Chunk, Redirect, Stream, Streams
 from recurd.tenants import LOCAL, NOBODY, Tenant, Tenants
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ class Lifecycle:
         room: Room,
         lanes: Mapping[str, Lane],
         streams: Streams,
+        fences: Fences,
         peers: Peers,
         outbox: Outbox,
         unsaved: Unsaved,
@@ -61,6 +63,7 @@ class Lifecycle:
         self._room = room
         self._lanes = lanes
         self._streams = streams
+        self._fences = fences
         self._peers = peers
         self._outbox = outbox
         self._unsaved = unsaved
@@ -192,6 +195,10 @@ class Lifecycle:
         lane = self._check_open(request, stream, peer.rights)
         if stream is not None and stream.lane.name != lane.name:
             raise Refused(Code.WRONG_MODEL, f"stream '{stream.name}' belongs to model '{stream.lane.name}'")
+        if stream is None:
+            self._check_moved(request.stream, peer)
+        elif self._fences.check(stream, request.group):
+            self._unsaved.note(stream)
         if request.mode == "resume":
             self._check_resume(stream, request, peer)
         elif self.draining and (stream is None or request.mode == "new"):
@@ -221,17 +228,28 @@ class Lifecycle:
         )
         self._outbox.send_control(peer, record)
 
+    def _check_moved(self, name: str, peer: Peer) -> None:
+        """Where a stream is not here: whether it has moved, or is to begin elsewhere. Raises :class:`Refused`."""
+        ending = self._streams.ending(peer.tenant, name)
+        if ending is not None and ending.redirect is not None:
+            raise ending.redirect.error(name)
+        self._fences.check_new(name, peer)
+
     def _models(self, rights: Tenant) -> list[str]:
         """Those a tenant may use; it is not told of others."""
         return [name for name in self._lanes if rights.models.match(name)]
 
-    def _check_open(self, request: wire.Open, stream: Stream | None, rights: Tenant) -> Lane:
-        size = len(request.stream.encode("utf-8", "surrogatepass"))
-        if not 0 < size <= self._limits.name_bytes or not request.stream.isprintable():
+    def check_name(self, name: str) -> None:
+        """Raises :class:`Refused` (``bad_name``) for what cannot be a stream's name."""
+        size = len(name.encode("utf-8", "surrogatepass"))
+        if not 0 < size <= self._limits.name_bytes or not name.isprintable():
             raise Refused(
                 Code.BAD_NAME,
                 f"a stream's name has 1 to {self._limits.name_bytes} bytes of UTF-8, all of them printable",
             )
+
+    def _check_open(self, request: wire.Open, stream: Stream | None, rights: Tenant) -> Lane:
+        self.check_name(request.stream)
         if request.mode not in ("auto", "resume", "new"):
             raise Refused(Code.BAD_REQUEST, f"mode '{request.mode}' is not auto, resume or new")
         rights.demand_stream(request.stream, request.model)
@@ -262,13 +280,17 @@ class Lifecycle:
                 generation=stream.generation,
             )
 
-    def _start(self, request: wire.Open, lane: Lane, peer: Peer, now: float) -> Stream:
-        most = peer.rights.limits.streams or self._limits.streams
-        if self._streams.count(peer.tenant) >= most:
+    def check_room(self, lane: Lane, tenant: str, count: int = 1) -> None:
+        """Raises :class:`Refused` where there is none for so many more streams of a tenant."""
+        most = self._tenants.rights(tenant).limits.streams or self._limits.streams
+        if self._streams.count(tenant) + count > most:
             raise Refused(Code.TOO_MANY_STREAMS, f"{most} streams are open, the most there may be")
-        if lane.full:
+        if lane.has_no_room(count):
             text = f"there is no room for the states of more than {lane.streams} streams of model '{lane.name}'"
             raise Refused(Code.NO_SLOTS, f"{text}: close streams, shorten the idle time-out or raise host_state_bytes")
+
+    def _start(self, request: wire.Open, lane: Lane, peer: Peer, now: float) -> Stream:
+        self.check_room(lane, peer.tenant)
         ending = self._streams.ending(peer.tenant, request.stream)
         stream = self._streams.add(
             tenant=peer.tenant,
@@ -286,7 +308,7 @@ class Lifecycle:
         self._log.debug("stream_opened", stream=stream.name, model=lane.name, generation=stream.generation)
         return stream
 
-    def restore(self, handle: int, saved: SavedStream, answers: list[SavedAnswer], now: float) -> None:
+    def restore(self, handle: int, saved: SavedStream, answers: list[SavedAnswer], now: float) -> Stream:
         """See :meth:`recurd.engine.Engine.restore`."""
         lane = self._lanes[saved.model]
         stream = self._streams.add(
@@ -298,15 +320,26 @@ class Lifecycle:
             now=now,
             handle=handle,
         )
-        stream.first_generation = saved.first_generation
-        stream.accepted = stream.answered = stream.saved = saved.seq
-        stream.acked = stream.forgotten = saved.acked
-        stream.fresh = stream.untouched = saved.state is None
-        stream.answers = [answer(one) for one in answers]
         stream.share = self._tenants.share(saved.tenant, self._room)
-        lane.retain(sum(len(payload) for _, _, (_, payload) in stream.answers), stream.share)
+        self.renew(stream, saved, answers, now)
+        stream.saved, stream.forgotten = saved.seq, saved.acked
+        if saved.held:
+            self._fences.restore(stream, saved.held)
         lane.streams += 1
         self._stats.streams["detached"] += 1
+        return stream
+
+    def renew(self, stream: Stream, saved: SavedStream, answers: list[SavedAnswer], now: float) -> None:
+        """Put a stream, which has nothing queued, to where it is said to stand; its state is the caller's."""
+        stream.generation, stream.first_generation = saved.generation, saved.first_generation
+        stream.idle_timeout, stream.last_seen = saved.idle_timeout, now
+        stream.accepted = stream.answered = saved.seq
+        stream.acked = saved.acked
+        stream.lane.slots.drop(stream)
+        stream.fresh = stream.untouched = saved.state is None
+        stream.lane.retain(-sum(len(payload) for _, _, (_, payload) in stream.answers), stream.share)
+        stream.answers = [answer(one) for one in answers]
+        stream.lane.retain(sum(len(payload) for _, _, (_, payload) in stream.answers), stream.share)
 
     def _attach(self, stream: Stream, peer: Peer) -> None:
         if stream.peer is None:
@@ -332,6 +365,8 @@ class Lifecycle:
             self._outbox.send_control(peer, (wire.pack(wire.Type.CLOSED, handle=header.handle, seq=header.seq), b""))
             return
         stream.last_seen = now
+        if stream.fence is not None:
+            raise stream.fence.refusal(stream.name)
         if stream.closing is not None and stream.closing is not wire.NO_HEADER:
             raise Refused(Code.CLOSED, f"stream '{stream.name}' is being closed already")
         stream.closing = header
@@ -355,14 +390,14 @@ class Lifecycle:
         record = wire.pack(wire.Type.CLOSED, generation=stream.generation, handle=stream.handle, seq=close.seq)
         self._outbox.send_control(peer, (record, b""))
 
-    def end(self, stream: Stream, code: Code, reason: str) -> None:
+    def end(self, stream: Stream, code: Code, reason: str, redirect: Redirect | None = None) -> None:
         """Forget a stream. What is still queued is answered with how it ended; its slot is free at once.
 
         A tick that still holds a row of it does no harm: ticks of a lane follow one another, and whoever gets the slot
         brings a state or starts fresh.
         """
         lane = stream.lane
-        ended = self._streams.end(stream, code)
+        ended = self._streams.end(stream, code, redirect)
         self._unsaved.end(stream, ended)
         lane.retain(-sum(len(payload) for _, _, (_, payload) in stream.answers), stream.share)
         queued, stream.queue = stream.queue, []
@@ -379,7 +414,7 @@ class Lifecycle:
             stream.peer.handles.discard(stream.handle)
         self._stats.streams["detached" if stream.peer is None else "attached"] -= 1
         self._stats.streams_ended[reason] += 1
-        log = self._log.debug if reason in ("closed", "reloaded") else self._log.info
+        log = self._log.debug if reason in ("closed", "moved", "reloaded") else self._log.info
         log(
             "stream_ended",
             reason=reason,
@@ -390,12 +425,22 @@ class Lifecycle:
             last_seq=stream.accepted,
         )
 
+    def forget(self, stream: Stream) -> None:
+        """Forget a stream that nobody here has ever had: that was to come from another daemon, and did not."""
+        self._streams.forget(stream)
+        self._unsaved.end(stream, None)
+        stream.lane.retain(-sum(len(payload) for _, _, (_, payload) in stream.answers), stream.share)
+        stream.lane.slots.drop(stream)
+        stream.lane.streams -= 1
+        self._stats.streams["detached"] -= 1
+
     # --- time ---
 
     def expire(self, now: float) -> None:
         """End streams and forget peers whose time-out has passed."""
         for stream in self._streams.expired(now):
-            self.end(stream, Code.EXPIRED, "expired")
+            if not stream.ended:  # one that has left and come back may stand in the order twice
+                self.end(stream, Code.EXPIRED, "expired")
         for peer in self._peers.silent_since(now - self._timeouts.peer_idle_seconds):
             self._forget_peer(peer)
             self._stats.peers_expired += 1

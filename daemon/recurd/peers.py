@@ -5,15 +5,23 @@ authentication.
 """
 
 from collections import OrderedDict
+from typing import TYPE_CHECKING
 
 from recurd import wire
 from recurd.errors import Broken, Refused
 from recurd.stats import Stats
 from recurd.tenants import Tenant
 
+if TYPE_CHECKING:
+    from recurd.fences import Group
+
 #: Answers are joined into frames of at most this size: larger ones save nothing, and a peer that does not read holds as
 #: many as its high-water mark allows.
 _JOIN_BYTES = 256 * 1024
+
+
+#: Types of the messages whose errors may travel joined with answers; 0: an error about a stream, asked by nobody.
+_JOINED = frozenset({0, wire.Type.CHUNK, wire.Type.RESET})
 
 
 class Peer:
@@ -21,6 +29,7 @@ class Peer:
 
     __slots__ = (
         "again_bytes",
+        "fence",
         "frames",
         "greeted",
         "handles",
@@ -49,6 +58,8 @@ class Peer:
         self.handles: set[int] = set()
         # To be sent, in order: whole frames, then records that may still be joined.
         self.frames: list[bytes] = []
+        #: The group that all its streams are leaving with, or have left with.
+        self.fence: Group | None = None
         #: Bytes of answers among them that were sent before.
         self.again_bytes = 0
         self.records: list[wire.Record] = []
@@ -151,6 +162,9 @@ class Outbox:
             in_reply_to=header.type,
             expected=getattr(error, "expected", None),
             retry_after_seconds=getattr(error, "retry_after_seconds", None),
+            endpoint=getattr(error, "endpoint", None),
+            server_key=getattr(error, "server_key", None),
+            group=getattr(error, "group", None),
             generation=error.generation,
             last_seq=getattr(error, "last_seq", None),
         )
@@ -163,7 +177,7 @@ class Outbox:
             handle=header.handle,
             seq=header.seq,
         )
-        if header.type in (wire.Type.CHUNK, wire.Type.RESET):
+        if header.type in _JOINED:
             self.send(peer, record)
         else:
             self.send_control(peer, record)

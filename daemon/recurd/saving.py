@@ -50,6 +50,8 @@ class SavedStream(msgspec.Struct, frozen=True, array_like=True):
     idle_timeout: float
     #: Its rows of all arenas, one after another as bytes; ``None``: it starts from the initial state.
     state: bytes | None
+    #: The group it has arrived with from another daemon, as long as it is not handed over (recurd.fences).
+    held: str = ""
 
     @classmethod
     def of(cls, stream: Stream, state: bytes | None) -> "SavedStream":
@@ -66,7 +68,26 @@ class SavedStream(msgspec.Struct, frozen=True, array_like=True):
             stream.acked,
             stream.idle_timeout,
             state,
+            stream.fence.id if stream.fence is not None and stream.fence.is_held else "",
         )
+
+
+class Parcel(msgspec.Struct, frozen=True, array_like=True):
+    """A stream on its way to another daemon: all that the journal keeps of it."""
+
+    handle: int
+    stream: SavedStream
+    #: Its answers that were not acknowledged, oldest first.
+    answers: list[SavedAnswer]
+    #: Of the version of its model that it was run by.
+    state_hash: str
+
+
+class ModelStamp(msgspec.Struct, frozen=True):
+    """What streams of a model were run by."""
+
+    model: str
+    stamp: Stamp
 
 
 def is_fresh(stream: Stream) -> bool:
@@ -83,8 +104,8 @@ class Saving:
     """What has changed since the last one."""
 
     streams: list[Stream]
-    #: Streams that have ended, and how.
-    ended: list[tuple[Stream, Ended]]
+    #: Streams that have ended, and how; ``None``: nobody is to know of them.
+    ended: list[tuple[Stream, Ended | None]]
 
 
 class Unsaved:
@@ -94,14 +115,14 @@ class Unsaved:
         #: Whether anything is.
         self.durable = durable
         self._streams: dict[int, Stream] = {}
-        self._ended: list[tuple[Stream, Ended]] = []
+        self._ended: list[tuple[Stream, Ended | None]] = []
 
     def note(self, stream: Stream) -> None:
         """A stream began, or a record of it was answered."""
         if self.durable:
             self._streams[stream.handle] = stream
 
-    def end(self, stream: Stream, ended: Ended) -> None:
+    def end(self, stream: Stream, ended: Ended | None) -> None:
         """A stream ended."""
         if self.durable:
             self._streams.pop(stream.handle, None)

@@ -108,7 +108,8 @@ class Stats:
         self.duplicates = 0
         # counters: streams and peers
         self.streams_opened = 0
-        self.streams_ended = {"closed": 0, "expired": 0, "failed": 0, "poisoned": 0, "reloaded": 0, "replaced": 0}
+        self.streams_ended = {"closed": 0, "expired": 0, "failed": 0, "moved": 0, "poisoned": 0}
+        self.streams_ended |= {"reloaded": 0, "replaced": 0}
         self.peers_expired = 0
         # counters: the wire
         self.frames_received = 0

@@ -7,8 +7,9 @@ time-out or failure. How it ended is remembered for a while, so that a late reco
 import heapq
 import math
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +18,7 @@ from recurd import wire
 from recurd.errors import BREAKING, Broken, Code, Refused
 
 if TYPE_CHECKING:
+    from recurd.fences import Group
     from recurd.lane import Lane
     from recurd.peers import Peer
     from recurd.tenants import Share
@@ -68,6 +70,7 @@ class Stream:
         "answers",
         "closing",
         "ended",
+        "fence",
         "first_generation",
         "forgotten",
         "fresh",
@@ -125,6 +128,8 @@ class Stream:
         # Connection.
         self.peer: Peer | None = None
         self.last_seen = 0.0
+        #: The group of streams it is on its way with, from or to another daemon: closed to clients meanwhile.
+        self.fence: Group | None = None
         #: Header of the CLOSE that waits for the queue to run empty; NO_HEADER when who sent it is no longer attached.
         self.closing: wire.Header | None = None
 
@@ -186,6 +191,21 @@ class Stream:
         ), b""
 
 
+class Redirect(NamedTuple):
+    """Where streams that were here are now."""
+
+    endpoint: str
+    #: The public key of the daemon there, where it has another one than this.
+    server_key: str | None = None
+    #: The group they left with.
+    group: str | None = None
+
+    def error(self, name: str) -> Refused:
+        """What somebody is told who asks for one of them."""
+        text = f"stream '{name}' is served by another daemon, at {self.endpoint}"
+        return Refused(Code.MOVED, text, endpoint=self.endpoint, server_key=self.server_key, group=self.group)
+
+
 @dataclass(frozen=True, slots=True)
 class Ended:
     """How a stream ended: what a late record or OPEN is told."""
@@ -195,9 +215,13 @@ class Ended:
     code: Code
     generation: int
     last_seq: int
+    #: Where a stream that has moved is now.
+    redirect: Redirect | None = None
 
     def error(self) -> Refused | Broken:
         """The error for who comes late."""
+        if self.redirect is not None:
+            return self.redirect.error(self.name)
         text = f"stream '{self.name}' " + _ENDINGS[self.code]
         if self.code not in BREAKING:
             return Refused(self.code, text)
@@ -205,6 +229,7 @@ class Ended:
 
 
 _ENDINGS = {
+    Code.MOVED: "is served by another daemon",
     Code.CLOSED: "was closed",
     Code.REPLACED: "was opened anew; its former state is gone",
     Code.EXPIRED: "was idle for longer than its time-out; its state is gone",
@@ -300,6 +325,14 @@ class Streams:
         """Streams that live on a lane (a scan of all)."""
         return [stream for stream in self._by_handle.values() if stream.lane is lane]
 
+    def all(self) -> Iterator[Stream]:
+        """All of them; none may begin or end meanwhile."""
+        return iter(self._by_handle.values())
+
+    def by_handle(self, handle: int) -> Stream | None:
+        """The stream of a handle, whosever it is."""
+        return self._by_handle.get(handle)
+
     def of_handle(self, handle: int) -> Stream:
         """A stream by its handle, which a peer holds."""
         return self._by_handle[handle]
@@ -308,11 +341,17 @@ class Streams:
         """The stream's connection is gone."""
         self._by_handle[handle].peer = None
 
-    def end(self, stream: Stream, code: Code) -> Ended:
+    def end(self, stream: Stream, code: Code, redirect: Redirect | None = None) -> Ended:
         """Forget a stream and remember how it ended. Its slot and its queue are the caller's."""
+        self.forget(stream)
+        ended = Ended(stream.tenant, stream.name, code, stream.generation, stream.accepted, redirect)
+        self.remember(stream.handle, ended)
+        return ended
+
+    def forget(self, stream: Stream) -> None:
+        """Forget a stream as if it had never been."""
         stream.ended = True
-        key = (stream.tenant, stream.name)
-        del self._by_handle[stream.handle], self._by_name[key]
+        del self._by_handle[stream.handle], self._by_name[stream.tenant, stream.name]
         left = self._per_tenant[stream.tenant] - 1
         if left:
             self._per_tenant[stream.tenant] = left
@@ -321,9 +360,6 @@ class Streams:
         if len(self._expiry) > 2 * len(self._by_handle) + _EXPIRY_SLACK:
             self._expiry = [entry for entry in self._expiry if entry[1] in self._by_handle]
             heapq.heapify(self._expiry)
-        ended = Ended(*key, code, stream.generation, stream.accepted)
-        self.remember(stream.handle, ended)
-        return ended
 
     def remember(self, handle: int, ended: Ended) -> None:
         """Remember how a stream ended, as the last one of its name; the oldest memories go."""
@@ -342,7 +378,7 @@ class Streams:
             stream = self._by_handle.get(handle)
             if stream is None:
                 continue
-            if stream.queue:
+            if stream.queue or stream.fence is not None:
                 stream.last_seen = now
             if stream.last_seen + stream.idle_timeout <= now:
                 due.append(stream)

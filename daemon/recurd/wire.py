@@ -350,6 +350,8 @@ class Open(msgspec.Struct, kw_only=True, frozen=True):
     #: With ``resume``: the generation the client knows; another one is refused as stale.
     generation: int | None = None
     idle_timeout_seconds: float | None = None
+    #: What the daemon said that sent us here (``moved``): a stream that has arrived with this group was released there.
+    group: str | None = None
 
 
 class Opened(msgspec.Struct, kw_only=True, frozen=True):
@@ -384,6 +386,11 @@ class Error(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
     in_reply_to: int = 0
     expected: int | None = None
     retry_after_seconds: float | None = None
+    #: With ``moved``: the daemon that has the stream, its public key where it has another one, and the group that the
+    #: stream left with.
+    endpoint: str | None = None
+    server_key: str | None = None
+    group: str | None = None
     #: With broken streams: the last generation and seq there were.
     generation: int | None = None
     last_seq: int | None = None

@@ -77,6 +77,7 @@ def test_every_label_is_there_from_the_start_at_zero(registry: CollectorRegistry
         "closed",
         "expired",
         "failed",
+        "moved",
         "poisoned",
         "reloaded",
         "replaced",

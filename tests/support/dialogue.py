@@ -117,6 +117,7 @@ class Served:
     def __init__(self, model: Model, slots: int) -> None:
         self.contract, self.row_bytes, self.slots = model.contract, model.row_bytes, slots
         self.run, self.rows, self.write_rows = model.run, model.rows, model.write_rows
+        self.stamp = model.stamp
 
 
 class Desk:
@@ -130,6 +131,7 @@ class Desk:
         slots: int = 0,
         tenants: Tenants | None = None,
         process_commands: Collection[str] = (),
+        epoch: bytes = b"\x01\x02\x03\x04\x05\x06\x07\x08",
     ) -> None:
         self.models = models
         self.tenants = tenants or Tenants((config or Config()).tenants)
@@ -139,7 +141,7 @@ class Desk:
         self.engine = Engine(
             config or Config(),
             {name: Served(model, slots or model.slots) for name, model in models.items()},
-            identity=Identity(b"\x01\x02\x03\x04\x05\x06\x07\x08", {"wanted": "cpu", "used": "cpu", "fallback": False}),
+            identity=Identity(epoch, {"wanted": "cpu", "used": "cpu", "fallback": False}),
             stats=self.stats,
             clock=lambda: self.now,
             log=structlog.wrap_logger(

@@ -1,0 +1,139 @@
+"""Streams on their way from one daemon to another: closed to their clients until it is known where they are.
+
+A *group* is streams that travel together. It goes through these stages, each of which an operator's command brings
+about (:mod:`recurd.moving`)::
+
+    here:   open --gather--> fenced --release--> gone: whoever asks is sent on
+                               |  ^
+                               +--+ lift, or no word from the operator: open again
+
+    there:  arrived (held) --admit, or a client that was sent on--> open
+                   |
+                   +--drop--> gone without a trace
+
+So a stream is open at one daemon at most, whoever dies when: what has arrived is not opened to anybody before its
+release, which is decided by the daemon it comes from.
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterator
+
+from recurd.errors import Code, Refused
+from recurd.peers import Peer
+from recurd.streams import Redirect, Stream
+
+#: A group whose operator is not heard of for so long is let go.
+FENCE_SECONDS = 10.0
+_RETRY_SECONDS = 0.05
+#: Groups whose fate is remembered.
+_MAX_FATES = 10_000
+
+
+class Group:
+    """Streams that travel together. Owned by :class:`Fences`."""
+
+    __slots__ = ("deadline", "id", "is_held", "is_lasting", "peers", "redirect", "streams")
+
+    def __init__(self, id: str, streams: list[Stream], *, is_held: bool = False, is_lasting: bool = False) -> None:
+        self.id = id
+        #: In the order in which they are exported.
+        self.streams = streams
+        #: Connections whose streams they all are.
+        self.peers: list[Peer] = []
+        #: Whether they have arrived here; else they are leaving, or are only looked at.
+        self.is_held = is_held
+        #: Whether it stays until it is decided about, however long that takes.
+        self.is_lasting = is_lasting
+        #: When it is let go unless its operator says something.
+        self.deadline = 0.0
+        #: Where they are, once released.
+        self.redirect: Redirect | None = None
+
+    def refusal(self, name: str) -> Refused:
+        """What somebody is told who asks for a stream of it, or for another one on the same connection."""
+        if self.redirect is not None:
+            return self.redirect.error(name)
+        where = "has arrived from another daemon and waits to be handed over" if self.is_held else "is being moved"
+        return Refused(Code.BUSY, f"stream '{name}' {where}", retry_after_seconds=_RETRY_SECONDS)
+
+    def members(self) -> Iterator[Stream]:
+        """Its streams that are still in it: not ended, nor opened by a client that was sent on."""
+        return (stream for stream in self.streams if stream.fence is self and not stream.ended)
+
+
+class Fences:
+    """All groups. Owned by the engine."""
+
+    def __init__(self) -> None:
+        self._groups: dict[str, Group] = {}
+        #: What became of groups that are no more: ``released``, ``lifted``, ``admitted`` or ``dropped``.
+        self._fates: OrderedDict[str, str] = OrderedDict()
+        #: Where every stream is that is not known here; ``None`` as long as this daemon takes new ones.
+        self.redirect: Redirect | None = None
+
+    def get(self, id: str, now: float) -> Group | None:
+        """A group, whose operator has just been heard of."""
+        group = self._groups.get(id)
+        if group is not None:
+            group.deadline = now + FENCE_SECONDS
+        return group
+
+    def add(self, group: Group, now: float) -> None:
+        """Begin a group; its streams and connections are closed to clients, unless they are only looked at."""
+        self._groups[group.id] = group
+        group.deadline = now + FENCE_SECONDS
+
+    def end(self, group: Group, fate: str) -> None:
+        """Forget a group, and remember what became of it."""
+        del self._groups[group.id]
+        self._fates[group.id] = fate
+        while len(self._fates) > _MAX_FATES:
+            self._fates.popitem(last=False)
+
+    def fate(self, id: str) -> str:
+        """What became of a group; ``open`` while it is there, ``unknown`` for one that is not remembered."""
+        return "open" if id in self._groups else self._fates.get(id, "unknown")
+
+    def held(self) -> list[Group]:
+        """Those that have arrived here."""
+        return [group for group in self._groups.values() if group.is_held]
+
+    def restore(self, stream: Stream, id: str) -> None:
+        """A stream out of the journal that had arrived with this group."""
+        group = self._groups.get(id)
+        if group is None:
+            group = self._groups[id] = Group(id, [], is_held=True, is_lasting=True)
+        group.streams.append(stream)
+        stream.fence = group
+
+    def expired(self, now: float) -> list[Group]:
+        """Groups that nobody has said anything about for too long."""
+        if not self._groups:
+            return []
+        return [group for group in self._groups.values() if group.deadline <= now and not group.is_lasting]
+
+    def deadline(self) -> float | None:
+        """When :meth:`expired` should be asked next."""
+        return min((group.deadline for group in self._groups.values() if not group.is_lasting), default=None)
+
+    @staticmethod
+    def check(stream: Stream, released: str | None) -> bool:
+        """Hold an OPEN of a stream against where it is; whether that makes a stream that has arrived this daemon's.
+
+        ``released``: the group that the other daemon has told its client of, so it has been released there. Raises
+        :class:`Refused` (``busy``).
+        """
+        group = stream.fence
+        if group is None:
+            return False
+        if not (group.is_held and group.id == released):
+            raise group.refusal(stream.name)
+        stream.fence = None
+        return True
+
+    def check_new(self, name: str, peer: Peer) -> None:
+        """Raises :class:`Refused` (``busy``, ``moved``) where no stream may begin on a connection."""
+        if peer.fence is not None:
+            raise peer.fence.refusal(name)
+        if self.redirect is not None:
+            raise self.redirect.error(name)

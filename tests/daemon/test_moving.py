@@ -1,0 +1,379 @@
+"""Streams that go from one daemon to another: open at one of them at most, whoever goes away when."""
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+from dialogue import Desk, chunk, closing, opening, reset
+from moving import Operator
+from recurd.config import Config, override
+from recurd.fences import FENCE_SECONDS
+from recurd.model import Model
+from recurd.saving import Parcel
+from recurd.wire import Flag, Type
+from recurrent import Network
+
+PUMP = Network(layers=1, learned=True, counter=True)
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+B = "tcp://127.0.0.1:7071"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    return Model.load(PUMP.save(tmp_path_factory.mktemp("models") / "pump.onnx"), slots=8, threads=1)
+
+
+@pytest.fixture
+def here(model: Model) -> Desk:
+    return Desk({"pump": model}, override(Config(), {"tick": {"steps": 6}}))
+
+
+@pytest.fixture
+def there(tmp_path: Path) -> Desk:
+    return Desk({"pump": Model.load(PUMP.save(tmp_path / "pump.onnx"), slots=8, threads=1)}, epoch=b"otherone")
+
+
+def draw(seed: int, steps: int) -> np.ndarray[Any, Any]:
+    return PUMP.draw(steps, np.random.default_rng(seed))
+
+
+def move(here: Desk, there: Desk, group: str = "g", upto: str = "admit") -> Any:
+    """The steps of a move, up to one of them; the group's report and its streams."""
+    source, target = Operator(here), Operator(there)
+    report = source.ask("gather", group=group, fence=True)
+    data = source.export(group)
+    for step in ("import", "release", "admit"):
+        if step == "import":
+            target.ask("import", data, group=group, stamps=report["stamps"])
+        elif step == "release":
+            source.ask("release", group=group, endpoint=B)
+        else:
+            target.ask("admit", group=group)
+        if step == upto:
+            break
+    return report
+
+
+def names(desk: Desk) -> set[str]:
+    return {stream.name for stream in desk.engine._streams.all()}
+
+
+# --- the way of a stream ---
+
+
+def test_a_stream_goes_on_elsewhere_with_its_number_its_state_and_what_it_was_not_told(here: Desk, there: Desk) -> None:
+    caller = here.connect("c")
+    handle = caller.handle("s")
+    caller.run(chunk(handle, 1, draw(1, 5)), reset(handle, 2))
+    lost = caller.run(chunk(handle, 3, draw(2, 4), generation=2, ack=1))
+    move(here, there)
+
+    (told,) = caller.take()
+    assert (told.type, told.code, told.header.handle, told.header.seq) == (Type.ERROR, "moved", handle, 0)
+    assert (told.body["endpoint"], told.body["group"]) == (B, "g")
+    assert "in_reply_to" not in told.body
+    for message in (chunk(handle, 4, draw(3, 3), generation=2), opening("s"), opening("s", mode="resume")):
+        assert caller.ask(message).code == "moved"
+
+    follower = there.connect("c")
+    opened = follower.open("s", mode="resume", generation=2, group="g")
+    assert (opened.header.handle, opened.body["last_seq"], opened.body["generation"]) == (handle, 3, 2)
+    again = follower.ask(chunk(handle, 3, draw(2, 4), generation=2))
+    assert (again.payload, bool(again.flags & Flag.DUPLICATE)) == (lost[-1].payload, True)
+    (last,) = follower.run(chunk(handle, 4, draw(3, 3), generation=2, ack=3))
+    whole = PUMP.run(np.concatenate([draw(2, 4), draw(3, 3)]))[0]["output"]
+    np.testing.assert_allclose(last.output, whole[4:], **CLOSE)
+    assert (names(here), names(there)) == (set(), {"s"})
+    assert here.stats.streams_ended["moved"] == 1
+
+
+def test_what_was_accepted_is_finished_before_a_stream_leaves_and_what_comes_then_is_told_to_wait(
+    here: Desk, there: Desk
+) -> None:
+    caller, source = here.connect("c"), Operator(here)
+    handle = caller.handle("s")
+    caller.send(chunk(handle, 1, draw(1, 20)), chunk(handle, 2, draw(2, 3)))
+    here.tick()  # a part of the first
+    source.ask("gather", group="g", fence=True)
+    busy = caller.ask(chunk(handle, 3, draw(3, 2)))
+    assert (busy.code, busy.body["retry_after_seconds"] > 0) == ("busy", True)
+    for message in (opening("s", mode="resume"), opening("s", mode="new"), opening("other"), closing(handle)):
+        assert caller.ask(message).code == "busy"
+    assert source.ask("export", group="g", start=0, max_bytes=10**6) == {
+        "streams": 0,
+        "next": 0,
+        "of": 1,
+        "waits": True,
+    }
+    assert source.reply("release", group="g", endpoint=B).code == "bad_request"
+
+    assert [reply.header.seq for reply in caller.run()] == [1, 2]
+    move(here, there)
+    follower = there.connect("c")
+    follower.open("s", mode="resume", generation=1)
+    (last,) = follower.run(chunk(handle, 3, draw(3, 2), ack=2))
+    whole = PUMP.run(np.concatenate([draw(1, 20), draw(2, 3), draw(3, 2)]))[0]["output"]
+    np.testing.assert_allclose(last.output, whole[23:], **CLOSE)
+
+
+def test_all_streams_of_a_connection_leave_together_and_those_without_one_leave_first(here: Desk) -> None:
+    many, one, gone = here.connect("many"), here.connect("one"), here.connect("gone")
+    for index in range(5):
+        many.handle(f"m{index}")
+    one.handle("o")
+    gone.handle("g")
+    here.engine.disconnected(gone.routing_id)
+    source = Operator(here)
+
+    sizes = []
+    for group in "abcd":
+        sizes.append(source.ask("gather", group=group, fence=True, limit=2)["streams"])
+        source.ask("release", group=group, endpoint=B)
+    assert sizes == [1, 5, 1, 0]
+    assert source.ask("redirect", endpoint=B) == {"left": 0}
+    assert here.connect("late").open("new").code == "moved"
+    assert here.engine.full
+    source.ask("redirect")
+    assert here.connect("later").open("new").type == Type.OPENED
+
+
+def test_a_daemon_with_streams_left_is_not_redirected(here: Desk) -> None:
+    here.connect("c").handle("s")
+    assert Operator(here).ask("redirect", endpoint=B) == {"left": 1}
+    assert here.connect("late").open("new").type == Type.OPENED
+
+
+# --- somebody goes away ---
+
+
+def test_without_a_word_from_the_operator_a_stream_goes_on_as_if_nothing_had_happened(here: Desk, there: Desk) -> None:
+    caller = here.connect("c")
+    handle = caller.handle("s")
+    caller.run(chunk(handle, 1, draw(1, 5)))
+    move(here, there, upto="import")
+    assert there.connect("x").open("s").code == "busy"
+
+    here.now = there.now = here.now + FENCE_SECONDS
+    deadline = here.engine.deadline()
+    assert deadline is not None
+    assert deadline <= here.now
+    assert there.connect("y").open("s", group="other").code == "busy"
+    (reply,) = caller.run(chunk(handle, 2, draw(2, 3), ack=1)) or caller.run(chunk(handle, 2, draw(2, 3), ack=1))
+    if reply.code:  # it came before the tick in which the group was let go
+        (reply,) = caller.run(chunk(handle, 2, draw(2, 3), ack=1))
+    assert reply.type == Type.RESULT
+    assert Operator(here).ask("release", group="g", endpoint=B) == {"fate": "lifted"}
+
+    move(here, there, "second")  # what had arrived with the first is replaced
+    follower = there.connect("z")
+    assert follower.open("s").body["last_seq"] == 2
+    assert Operator(there).ask("groups") == {"held": {}}
+
+
+def test_who_was_sent_on_finds_the_stream_though_the_operator_died_before_handing_it_over(
+    here: Desk, there: Desk
+) -> None:
+    caller = here.connect("c")
+    handle = caller.handle("s")
+    caller.handle("t")
+    caller.run(chunk(handle, 1, draw(1, 5)))
+    move(here, there, upto="release")
+    there.now += 10 * FENCE_SECONDS
+    there.tick()
+
+    assert there.connect("x").open("s").code == "busy"
+    assert there.connect("c").open("s", mode="resume", generation=1, group="g").type == Type.OPENED
+    target = Operator(there)
+    assert target.ask("groups") == {"held": {"g": 1}}
+    assert target.ask("drop", group="g") == {"fate": "dropped"}
+    assert names(there) == {"s"}
+    assert Operator(here).ask("lift", group="g") == {"fate": "released"}
+
+
+def test_a_group_is_lifted_and_dropped_and_nothing_is_left_of_it_there(here: Desk, there: Desk) -> None:
+    caller = here.connect("c")
+    handle = caller.handle("s")
+    caller.run(chunk(handle, 1, draw(1, 5)))
+    move(here, there, upto="import")
+    assert Operator(here).ask("lift", group="g") == {"fate": "lifted"}
+    assert Operator(there).ask("drop", group="g") == {"fate": "dropped"}
+    assert caller.run(chunk(handle, 2, draw(2, 3)))[0].type == Type.RESULT
+    assert (names(there), there.stats.streams["detached"]) == (set(), 0)
+    assert there.stats.models["pump"].host_bytes == 0
+    assert there.connect("x").open("s", mode="resume").code == "unknown_stream"
+    assert Operator(there).reply("import", group="g", stamps=[]).code == "bad_request"
+
+
+def test_streams_that_were_to_come_out_of_a_file_are_forgotten_when_its_reader_dies(here: Desk, there: Desk) -> None:
+    here.connect("c").handle("s")
+    source, target = Operator(here), Operator(there)
+    stamps = source.ask("gather", group="g")["stamps"]
+    target.ask("import", source.export("g"), group="g", stamps=stamps, lasting=False)
+    assert names(there) == {"s"}
+    there.now += FENCE_SECONDS
+    there.tick()
+    assert names(there) == set()
+
+
+# --- a look without moving ---
+
+
+def test_streams_are_looked_at_between_two_records_and_go_on(here: Desk, there: Desk) -> None:
+    caller, source = here.connect("c"), Operator(here)
+    handle = caller.handle("s")
+    caller.handle("other")
+    caller.send(chunk(handle, 1, draw(1, 6)), chunk(handle, 2, draw(2, 20)))
+    here.tick()
+    report = source.ask("gather", group="g", stream="s*")
+    assert report["streams"] == 1
+    (parcel,) = msgspec.msgpack.decode(source.export("g"), type=list[Parcel])
+    assert (parcel.stream.seq, parcel.stream.name) == (1, "s")
+    here.tick()
+    assert source.ask("export", group="g", start=0, max_bytes=10**6)["waits"]
+    assert len(caller.run()) == 2
+
+    Operator(there).ask("import", source.export("g"), group="g", stamps=report["stamps"])
+    Operator(there).ask("admit", group="g")
+    follower = there.connect("c")
+    assert follower.open("s").body["last_seq"] == 2
+    (there_too,) = follower.run(chunk(handle, 3, draw(3, 3), ack=2))
+    (here_too,) = caller.run(chunk(handle, 3, draw(3, 3), ack=2))
+    np.testing.assert_allclose(there_too.output, here_too.output, **CLOSE)
+
+
+def test_pages_are_as_large_as_a_message_may_be(here: Desk) -> None:
+    caller, source = here.connect("c"), Operator(here)
+    for index in range(10):
+        caller.run(chunk(caller.handle(f"s{index}"), 1, draw(index, 3)))
+    source.ask("gather", group="g")
+    start, found = 0, []
+    while start < 10:
+        report = source.ask("export", group="g", start=start, max_bytes=3000)
+        page = msgspec.msgpack.decode(source.export("g", start=start, max_bytes=3000), type=list[Parcel])
+        assert 0 < len(page) < 5
+        found += page
+        start = report["next"]
+    assert [parcel.stream.name for parcel in found] == [f"s{index}" for index in range(10)]
+    assert source.reply("export", group="g", start=0, max_bytes=500).code == "bad_request"
+
+
+# --- what is not taken in ---
+
+
+def test_what_is_there_already_is_not_replaced(here: Desk, there: Desk) -> None:
+    caller, source, target = here.connect("c"), Operator(here), Operator(there)
+    handle = caller.handle("s")
+    caller.run(chunk(handle, 1, draw(1, 5)))
+    other = there.connect("c")
+    others = other.handle("s")
+    stamps = source.ask("gather", group="g")["stamps"]
+    data = source.export("g")
+    refused = target.reply("import", data, group="g", stamps=stamps)
+    assert (refused.code, "'s' of tenant 'local'" in refused.body["text"]) == ("exists", True)
+
+    other.run(closing(others))
+    for group in ("g", "h"):  # twice the same is once
+        target.ask("import", data, group=group, stamps=stamps)
+        target.ask("admit", group=group)
+    follower = there.connect("d")
+    assert follower.open("s").body["last_seq"] == 1
+    follower.run(chunk(handle, 2, draw(2, 3)))
+    assert target.reply("import", data, group="i", stamps=stamps).code == "exists"
+    caller.run(chunk(handle, 2, draw(2, 3)), chunk(handle, 3, draw(2, 3)))
+    source.ask("gather", group="later")
+    assert target.reply("import", source.export("later"), group="j", stamps=stamps).code == "exists"
+
+
+def test_streams_of_two_tenants_keep_apart(here: Desk, there: Desk) -> None:
+    for tenant in ("left", "right"):
+        caller = here.connect(tenant, tenant=tenant)
+        caller.run(chunk(caller.handle("s"), 1, draw(len(tenant), 5)))
+        if tenant == "left":
+            caller.run(chunk(caller.handle("s"), 2, draw(0, 5)))
+    move(here, there)
+    assert there.connect("l", tenant="left").open("s", mode="resume").body["last_seq"] == 2
+    assert there.connect("r", tenant="right").open("s", mode="resume").body["last_seq"] == 1
+    assert there.connect("o", tenant="other").open("s", mode="resume").code == "unknown_stream"
+    assert here.connect("o", tenant="other").open("s", mode="resume").code == "unknown_stream"
+
+
+def test_streams_of_other_weights_are_taken_in_only_when_that_is_said(here: Desk, tmp_path: Path) -> None:
+    other = Network(layers=1, learned=True, counter=True, seed=1)
+    there = Desk({"pump": Model.load(other.save(tmp_path / "pump.onnx"), slots=4, threads=1)}, epoch=b"otherone")
+    caller, source, target = here.connect("c"), Operator(here), Operator(there)
+    caller.run(chunk(caller.handle("s"), 1, draw(1, 5)))
+    stamps = source.ask("gather", group="g")["stamps"]
+    refused = target.reply("import", source.export("g"), group="g", stamps=stamps)
+    assert (refused.code, "weights" in refused.body["text"]) == ("wrong_model", True)
+    target.ask("import", source.export("g"), group="g", stamps=stamps, accept_drift=True)
+    assert target.reply("import", group="h", stamps=[{**stamps[0], "model": "fan"}]).code == "unknown_model"
+    stamps[0]["stamp"]["layout"] = "h float32 [1, 1]"
+    assert target.reply("import", group="h", stamps=stamps, accept_drift=True).code == "wrong_model"
+
+
+def parcels(here: Desk) -> tuple[list[Parcel], Any]:
+    caller, source = here.connect("c"), Operator(here)
+    for name in "ab":
+        caller.run(chunk(caller.handle(name), 1, draw(1, 5)))
+    stamps = source.ask("gather", group="g")["stamps"]
+    return msgspec.msgpack.decode(source.export("g"), type=list[Parcel]), stamps
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"state": b"xyz"},
+        {"acked": 7},
+        {"seq": -1},
+        {"generation": 0},
+        {"generation": 2**40},
+        {"idle_timeout": -1.0},
+        {"idle_timeout": float("nan")},
+        {"name": "\x00"},
+        {"name": "a"},
+        {"model": "fan"},
+    ],
+    ids=str,
+)
+def test_a_stream_that_cannot_be_leaves_no_trace(here: Desk, there: Desk, change: dict[str, Any]) -> None:
+    (first, second), stamps = parcels(here)
+    bad = msgspec.structs.replace(second, stream=msgspec.structs.replace(second.stream, **change))
+    reply = Operator(there).reply("import", msgspec.msgpack.encode([first, bad]), group="g", stamps=stamps)
+    assert reply.code in ("bad_request", "bad_name")
+    assert names(there) == set()
+
+
+def test_answers_that_cannot_be_and_bytes_that_are_none_leave_no_trace(here: Desk, there: Desk) -> None:
+    (first, second), stamps = parcels(here)
+    ((seq, generation, header, payload),) = second.answers
+    for answers in ([(2, generation, header, payload)], [(seq, 9, header, payload)], [(seq, generation, b"", payload)]):
+        bad = msgspec.msgpack.encode([first, msgspec.structs.replace(second, answers=answers)])
+        assert Operator(there).reply("import", bad, group="g", stamps=stamps).code == "bad_request"
+    whole = msgspec.msgpack.encode([first, second])
+    for data in (whole[:-3], b"\xff" * 100, msgspec.msgpack.encode([first, first]), b"\x91" * 5000):
+        assert Operator(there).reply("import", data, group="g", stamps=stamps).code == "bad_request"
+    assert names(there) == set()
+
+
+def test_there_must_be_room_for_all_of_them(here: Desk, model: Model) -> None:
+    (first, second), stamps = parcels(here)
+    for limits, code in (({"streams": 1}, "too_many_streams"), ({"host_state_bytes": 0}, "no_slots")):
+        there = Desk({"pump": model}, override(Config(), {"limits": limits}), slots=1)
+        reply = Operator(there).reply("import", msgspec.msgpack.encode([first, second]), group="g", stamps=stamps)
+        assert (reply.code, names(there)) == (code, set())
+
+
+def test_a_stream_that_is_leaving_does_not_expire(here: Desk) -> None:
+    here.connect("c").handle("s", idle_timeout_seconds=5)
+    Operator(here).ask("gather", group="g", fence=True)
+    here.now += 6
+    here.tick()
+    assert names(here) == {"s"}
+    here.now += 20  # the operator is gone, and the stream goes on to be idle
+    here.tick()
+    here.now += 6
+    here.tick()
+    assert names(here) == set()

@@ -1,0 +1,151 @@
+"""Moving streams where they are durable: what a daemon that is killed in the middle knows when it is up again."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import structlog
+
+from dialogue import Desk, chunk
+from moving import Operator
+from recurd.config import Config, override
+from recurd.durable import Durable
+from recurd.model import Model
+from recurd.wire import Flag
+from recurrent import Network
+
+PUMP = Network(layers=1, learned=True, counter=True)
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+B = "tcp://127.0.0.1:7071"
+
+
+class Daemon(Desk):
+    """A desk whose streams are durable: what callers take was committed before."""
+
+    def __init__(self, folder: Path, model: Model) -> None:
+        durability = {"mode": "process", "directory": str(folder / "journal")}
+        config = override(Config(), {"durability": durability})
+        super().__init__({"pump": model}, config, epoch=folder.name.encode()[-8:].rjust(8))
+        self.durable = Durable(config, self.engine, self.models, stats=self.stats, log=structlog.get_logger())
+        self.durable.restore(self.now)
+
+    def sort(self) -> None:
+        self.durable.commit(self.now)
+        for routing_id, frame in self.durable.due():
+            self._deliver(routing_id, frame)
+
+    def __enter__(self) -> "Daemon":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.durable.close()
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> list[Model]:
+    path = PUMP.save(tmp_path_factory.mktemp("models") / "pump.onnx")
+    return [Model.load(path, slots=4, threads=1) for _ in range(2)]
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> Iterator[tuple[Path, Path]]:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "there").mkdir()
+    return tmp_path / "here", tmp_path / "there"
+
+
+def draw(seed: int, steps: int = 5) -> np.ndarray[Any, Any]:
+    return PUMP.draw(steps, np.random.default_rng(seed))
+
+
+def test_what_has_arrived_is_still_closed_after_a_restart_and_then_handed_over(
+    models: list[Model], folders: tuple[Path, Path]
+) -> None:
+    with Daemon(folders[0], models[0]) as here:
+        caller, source = here.connect("c"), Operator(here)
+        handle = caller.handle("s")
+        caller.run(chunk(handle, 1, draw(1)))
+        lost = caller.run(chunk(handle, 2, draw(2), ack=1))
+        stamps = source.ask("gather", group="g", fence=True)["stamps"]
+        data = source.export("g")
+        with Daemon(folders[1], models[1]) as there:
+            Operator(there).ask("import", data, group="g", stamps=stamps)
+        source.ask("release", group="g", endpoint=B)
+
+    with Daemon(folders[1], models[1]) as there:
+        assert there.connect("c").open("s").code == "busy"
+        assert Operator(there).ask("groups") == {"held": {"g": 1}}
+        Operator(there).ask("admit", group="g")
+    with Daemon(folders[1], models[1]) as there:
+        follower = there.connect("c")
+        assert follower.open("s", mode="resume", generation=1).header.handle == handle
+        again = follower.ask(chunk(handle, 2, draw(2)))
+        assert (again.payload, bool(again.flags & Flag.DUPLICATE)) == (lost[0].payload, True)
+        (last,) = follower.run(chunk(handle, 3, draw(3), ack=2))
+        whole = PUMP.run(np.concatenate([draw(seed) for seed in (1, 2, 3)]))[0]["output"]
+        np.testing.assert_allclose(last.output, whole[10:], **CLOSE)
+        assert there.stats.models["pump"].host_bytes == 0
+
+    with Daemon(folders[0], models[0]) as here:  # which knows who has the stream
+        moved = here.connect("c").open("s")
+        assert (moved.code, moved.body["endpoint"], moved.body["group"]) == ("moved", B, "g")
+
+
+def test_a_stream_that_comes_back_is_not_taken_for_the_one_that_left(
+    models: list[Model], folders: tuple[Path, Path]
+) -> None:
+    with Daemon(folders[0], models[0]) as here, Daemon(folders[1], models[1]) as there:
+        caller = here.connect("c")
+        handle = caller.handle("s")
+        caller.run(chunk(handle, 1, draw(1)))
+        for group, source, target in (("out", here, there), ("back", there, here)):
+            stamps = Operator(source).ask("gather", group=group, fence=True)["stamps"]
+            Operator(target).ask("import", Operator(source).export(group), group=group, stamps=stamps)
+            Operator(source).ask("release", group=group, endpoint=B)
+            Operator(target).ask("admit", group=group)
+    with Daemon(folders[0], models[0]) as here:
+        caller = here.connect("c")
+        assert caller.open("s", mode="resume", generation=1).header.handle == handle
+        (last,) = caller.run(chunk(handle, 2, draw(2), ack=1))
+        np.testing.assert_allclose(last.output, PUMP.run(np.concatenate([draw(1), draw(2)]))[0]["output"][5:], **CLOSE)
+    with Daemon(folders[1], models[1]) as there:
+        assert there.connect("c").open("s", mode="resume").code == "moved"
+
+
+def test_a_second_try_puts_the_journal_to_where_the_stream_is_now(
+    models: list[Model], folders: tuple[Path, Path]
+) -> None:
+    with Daemon(folders[0], models[0]) as here, Daemon(folders[1], models[1]) as there:
+        caller = here.connect("c")
+        handle = caller.handle("s")
+        for group, seqs, ack in (("first", (1, 2, 3), 0), ("second", (4, 5), 2)):
+            for seq in seqs:
+                caller.run(chunk(handle, seq, draw(seq), ack=ack))
+            stamps = Operator(here).ask("gather", group=group, fence=True)["stamps"]
+            Operator(there).ask("import", Operator(here).export(group), group=group, stamps=stamps)
+            if group == "first":
+                Operator(here).ask("lift", group=group)
+        Operator(here).ask("release", group="second", endpoint=B)
+    with Daemon(folders[1], models[1]) as there:
+        assert Operator(there).ask("groups") == {"held": {"second": 1}}
+        Operator(there).ask("admit", group="second")
+        assert sum(1 for _ in there.durable._journal._env.begin().cursor(there.durable._journal._answers)) == 3
+        follower = there.connect("c")
+        assert follower.open("s", mode="resume", generation=1).body["last_seq"] == 5
+        (last,) = follower.run(chunk(handle, 6, draw(6), ack=5))
+        whole = PUMP.run(np.concatenate([draw(seed) for seed in range(1, 7)]))[0]["output"]
+        np.testing.assert_allclose(last.output, whole[25:], **CLOSE)
+
+
+def test_what_is_dropped_is_not_in_the_journal(models: list[Model], folders: tuple[Path, Path]) -> None:
+    with Daemon(folders[0], models[0]) as here, Daemon(folders[1], models[1]) as there:
+        caller = here.connect("c")
+        caller.run(chunk(caller.handle("s"), 1, draw(1)))
+        stamps = Operator(here).ask("gather", group="g", fence=True)["stamps"]
+        Operator(there).ask("import", Operator(here).export("g"), group="g", stamps=stamps)
+        Operator(there).ask("drop", group="g")
+    with Daemon(folders[1], models[1]) as there:
+        assert there.connect("c").open("s", mode="resume").code == "unknown_stream"
+        assert Operator(there).ask("groups") == {"held": {}}
