@@ -8,6 +8,7 @@ import asyncio
 import math
 from collections.abc import Awaitable, Callable, Generator, Mapping
 from functools import partial
+from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -16,6 +17,7 @@ import numpy.typing as npt
 from recurd.backlog import Record
 from recurd.errors import RecurdError, Unanswered
 from recurd.interface import CLOSED, Connection, OpenStream, closed_error
+from recurd.keys import Credentials, read_credentials
 from recurd.link import Link
 from recurd.signature import Payload, Result
 from recurd.writer import Mode, Writer
@@ -29,8 +31,16 @@ class connect:  # noqa: N801  # to be awaited, or used with "async with", as a f
     Takes and raises what :func:`recurd.connect` does.
     """
 
-    def __init__(self, endpoint: str, *, timeout_seconds: float = 30.0, queue_limit: int = 256) -> None:
-        self._arguments = (endpoint, timeout_seconds, queue_limit)
+    def __init__(
+        self,
+        endpoint: str,
+        *,
+        timeout_seconds: float = 30.0,
+        queue_limit: int = 256,
+        key: str | Path | None = None,
+        server_key: str | Path | None = None,
+    ) -> None:
+        self._arguments = (endpoint, timeout_seconds, queue_limit, read_credentials(key, server_key))
         self._client: Client | None = None
 
     async def _connect(self) -> "Client":
@@ -62,11 +72,13 @@ class Client(Connection):
     Closing the client leaves its streams open in the daemon, with their state, for whoever opens them next.
     """
 
-    def __init__(self, endpoint: str, timeout_seconds: float, queue_limit: int) -> None:
+    def __init__(
+        self, endpoint: str, timeout_seconds: float, queue_limit: int, credentials: Credentials | None = None
+    ) -> None:
         self._loop = asyncio.get_running_loop()
         self._welcomed: asyncio.Future[None] = self._loop.create_future()
         super().__init__(endpoint, (self._welcomed, None), self._loop.time(), timeout_seconds, queue_limit)
-        self._link = Link(endpoint, self._session, self._watch)
+        self._link = Link(endpoint, self._session, self._watch, credentials)
         self._watched: list[int] = []
         self._closed = False
         # what is planned

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from functools import partial
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -26,6 +27,7 @@ import zmq
 from recurd.backlog import Record
 from recurd.errors import RecurdError, Unanswered
 from recurd.interface import CLOSED, Connection, OpenStream, closed_error
+from recurd.keys import Credentials, read_credentials
 from recurd.link import Link
 from recurd.signature import Payload, Result
 from recurd.writer import Mode, Writer
@@ -60,18 +62,29 @@ class _Opening(_Reply):
     writer: Writer
 
 
-def connect(endpoint: str, *, timeout_seconds: float = 30.0, queue_limit: int = 256) -> "Client":
+def connect(
+    endpoint: str,
+    *,
+    timeout_seconds: float = 30.0,
+    queue_limit: int = 256,
+    key: str | Path | None = None,
+    server_key: str | Path | None = None,
+) -> "Client":
     """Connect to a daemon, for example ``tcp://127.0.0.1:7070`` or ``ipc:///run/recurd/recurd.sock``.
 
     ``timeout_seconds`` is how long a call waits for its answer when it is not told otherwise (``math.inf``: for ever),
     and how long this one waits for the daemon. ``queue_limit`` is how many chunks of a stream may be unanswered before
-    ``submit`` waits.
+    ``submit`` waits. A daemon that authenticates its clients is connected to with one's own key file
+    (``gateway-7.key_secret``, by ``recurd keys new gateway-7``) and the daemon's public key (its file, or the key).
 
     Raises:
+        KeyFileError: one of the keys cannot be read, or is not good.
         Unanswered: no daemon answered in time.
-        Refused: the daemon did not want us, for example because it speaks another version of the protocol.
+        Refused: the daemon did not want us, for example because it speaks another version of the protocol, or does not
+            know our key.
     """
-    client = Client(endpoint, timeout_seconds=timeout_seconds, queue_limit=queue_limit)
+    credentials = read_credentials(key, server_key)
+    client = Client(endpoint, timeout_seconds=timeout_seconds, queue_limit=queue_limit, credentials=credentials)
     try:
         client._wait_for_welcome()
     except BaseException:
@@ -86,7 +99,10 @@ class Client(Connection):
     Closing the client leaves its streams open in the daemon, with their state, for whoever opens them next.
     """
 
-    def __init__(self, endpoint: str, *, timeout_seconds: float, queue_limit: int) -> None:
+    def __init__(
+        self, endpoint: str, *, timeout_seconds: float, queue_limit: int, credentials: Credentials | None = None
+    ) -> None:
+        self._credentials = credentials
         self._welcomed = _Reply()
         super().__init__(endpoint, self._welcomed, time.monotonic(), timeout_seconds, queue_limit)
         self._process = os.getpid()
@@ -242,7 +258,7 @@ class Client(Connection):
     # --- the background thread ---
 
     def _run(self) -> None:
-        link = Link(self.endpoint, self._session)
+        link = Link(self.endpoint, self._session, credentials=self._credentials)
         error: RecurdError = Unanswered(CLOSED)
         try:
             while not self._closing:

@@ -97,6 +97,15 @@ class Durability(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     accept_drift: bool = False
 
 
+class Auth(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Who may connect to the tcp endpoints. Relative paths in a file are relative to that file's folder."""
+
+    #: File with the daemon's own secret key; empty: nobody is authenticated. May start with ``$CREDENTIALS_DIRECTORY``.
+    key: str = ""
+    #: Folder of the public keys that are let in: ``NAME.key`` is that of tenant NAME.
+    clients: str = ""
+
+
 class TenantLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What one tenant may take of the daemon; ``None``: nothing but what holds for all."""
 
@@ -113,6 +122,8 @@ class TenantLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 class Tenant(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What one tenant may do. ``models`` and ``streams`` are globs over whole names."""
 
+    #: Its public key, besides that of a file of its name in ``auth.clients``.
+    key: str = ""
     models: tuple[str, ...] = ("*",)
     streams: tuple[str, ...] = ("*",)
     #: ``None``: stream, reset and state, and for the tenant ``local`` admin too.
@@ -145,7 +156,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     #: Threads of the model's run on the CPU; 0: all cores.
     threads: CountOrZero = 0
     slots: Count = 4096
-    #: Whether to serve, without authentication, beyond this machine.
+    #: Whether to serve beyond this machine without authentication.
     insecure: bool = False
     models: tuple[Model, ...] = ()
     limits: Limits = Limits()
@@ -153,6 +164,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     timeouts: Timeouts = Timeouts()
     zeromq: ZeroMQ = ZeroMQ()
     durability: Durability = Durability()
+    auth: Auth = Auth()
     #: By name.
     tenants: dict[str, Tenant] = {}
     log: Log = Log()
@@ -172,7 +184,15 @@ def load(path: str | Path) -> Config:
     config = _convert(raw, str(path))
     folder = path.absolute().parent
     models = tuple(msgspec.structs.replace(model, path=str(folder / model.path)) for model in config.models)
-    return msgspec.structs.replace(config, models=models)
+    auth = msgspec.structs.replace(
+        config.auth, key=_placed(config.auth.key, folder), clients=_placed(config.auth.clients, folder)
+    )
+    return msgspec.structs.replace(config, models=models, auth=auth)
+
+
+def _placed(path: str, folder: Path) -> str:
+    """A path of a file, relative to its folder, unless there is none or it starts with a variable."""
+    return path if not path or path.startswith("$") else str(folder / path)
 
 
 def override(config: Config, changes: Mapping[str, Any], source: str = "command line") -> Config:
@@ -233,7 +253,9 @@ def _check(config: Config) -> None:
     if not config.bind:
         raise ConfigError("bind: at least one endpoint is needed")
     for endpoint in config.bind:
-        check_endpoint(endpoint, insecure=config.insecure)
+        check_endpoint(endpoint, insecure=config.insecure or bool(config.auth.key))
+    if not config.auth.key:
+        _check_without_auth(config)
     if config.durability.mode != "off" and not config.durability.directory:
         raise ConfigError(f"durability.directory: mode '{config.durability.mode}' needs a folder to keep streams in")
     if config.metrics:
@@ -248,6 +270,14 @@ def _check(config: Config) -> None:
                 raise ConfigError(f"{key}: '{value}' is there twice")
 
 
+def _check_without_auth(config: Config) -> None:
+    if config.auth.clients:
+        raise ConfigError("auth.clients: needs auth.key, the daemon's own secret key ('recurd keys new server')")
+    for name in config.tenants:
+        if name != "local":
+            raise ConfigError(f"tenants.{name}: without auth.key nobody is this tenant, all are 'local'")
+
+
 def check_endpoint(endpoint: str, *, insecure: bool) -> None:
     """Hold an endpoint of ``bind`` against ``tcp://host:port`` and ``ipc:///path``. Raises :class:`ConfigError`."""
     scheme, _, address = endpoint.partition("://")
@@ -255,8 +285,8 @@ def check_endpoint(endpoint: str, *, insecure: bool) -> None:
         host, _ = split_address(address, key="bind", shown=endpoint, wildcard=True)
         if not insecure and not _is_loopback(host):
             raise ConfigError(
-                f"bind: '{endpoint}' can be reached from other machines and nobody would be authenticated; bind to "
-                "127.0.0.1 or ipc://, or allow it with 'insecure = true' (--insecure)"
+                f"bind: '{endpoint}' can be reached from other machines and nobody would be authenticated; set "
+                "auth.key (--key), bind to 127.0.0.1 or ipc://, or allow it with 'insecure = true' (--insecure)"
             )
     elif scheme == "ipc":
         if not address.startswith(("/", "@")) or address == "/":

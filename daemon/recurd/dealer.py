@@ -11,6 +11,7 @@ import zmq
 
 from recurd import wire
 from recurd.errors import Code, Refused, Unanswered
+from recurd.keys import Credentials
 
 #: Control messages in flight on a connection: below every high-water mark.
 _CONTROL_BATCH = 256
@@ -24,12 +25,20 @@ _CLOSE_SECONDS = 5.0
 class Connection:
     """One DEALER socket. Owned by the run."""
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str, timeout_seconds: float) -> None:
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        endpoint: str,
+        timeout_seconds: float,
+        credentials: Credentials | None = None,
+    ) -> None:
         self._timeout_seconds = timeout_seconds
         self._endpoint = endpoint
         self.socket: zmq.Socket[bytes] = context.socket(zmq.DEALER)
         self.socket.setsockopt(zmq.LINGER, 0)
         self.socket.setsockopt(zmq.SNDTIMEO, int(timeout_seconds * 1000))
+        for option, value in credentials.options().items() if credentials is not None else ():
+            self.socket.setsockopt(option, value)
         self.socket.connect(endpoint)
 
     def __enter__(self) -> "Connection":

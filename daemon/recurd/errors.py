@@ -7,6 +7,8 @@
     │   ├── DeviceError       the device asked for cannot be had                (exit 69)
     │   ├── DeviceLost        the device has gone while it was used              (exit 71)
     │   ├── AddressError      an address cannot be bound                        (exit 75)
+    │   ├── AuthError         it cannot be made sure who may connect            (exit 77)
+    │   │   └── KeyFileError  a key file is not good; raised by clients too
     │   └── ExportError       a model cannot be exported (recurd_export.errors)  (exit 70)
     ├── Refused(code)         this request was refused; nothing happened, the stream lives
     ├── Broken(code)          the stream's state is lost; only a new start helps
@@ -33,6 +35,7 @@ class ExitCode(IntEnum):
     DEVICE_LOST = 71
     JOURNAL = 74
     ADDRESS = 75
+    AUTH = 77
     CONFIG = 78
 
 
@@ -136,6 +139,16 @@ class JournalError(StartError):
     """Stored streams cannot be read, written, or gone on from."""
 
     exit_code = ExitCode.JOURNAL
+
+
+class AuthError(StartError):
+    """It cannot be made sure who may connect."""
+
+    exit_code = ExitCode.AUTH
+
+
+class KeyFileError(AuthError):
+    """A key file is missing, unreadable, open to everybody, or damaged; the text names it. Raised by clients too."""
 
 
 class AddressError(StartError):

@@ -160,9 +160,8 @@ class Connection:
         raise NotImplementedError
 
     def _no_daemon(self) -> Unanswered:
-        return Unanswered(
-            f"no daemon answered at {self.endpoint} within {self._timeout_seconds:g} s; start one with 'recurd serve'"
-        )
+        text = f"no daemon answered at {self.endpoint} within {self._timeout_seconds:g} s"
+        return Unanswered(text + "; " + (self._session.trouble or "start one with 'recurd serve'"))
 
     def _no_answer(self, what: str, seconds: float | None, *notes: str) -> Unanswered:
         """The error of a call that has waited long enough, made at that moment."""
@@ -170,7 +169,10 @@ class Connection:
         return Unanswered(text + self._connection_note())
 
     def _connection_note(self) -> str:
-        return "" if self.is_connected else f"; there is no connection to {self.endpoint} at present"
+        if self.is_connected:
+            return ""
+        trouble = self._session.trouble and f" ({self._session.trouble})"
+        return f"; there is no connection to {self.endpoint} at present{trouble}"
 
 
 def check_endpoint(endpoint: str) -> None:

@@ -11,7 +11,8 @@ from collections.abc import Callable
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
-from recurd.errors import RecurdError
+from recurd.errors import Code, RecurdError, Refused
+from recurd.keys import Credentials
 from recurd.session import Session
 
 _log = logging.getLogger("recurd.client")
@@ -32,13 +33,29 @@ _OPTIONS = {
 }
 
 
+_EVENTS = (
+    zmq.EVENT_DISCONNECTED
+    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+)
+
+
 class Link:
     """Owns the context, the socket and its monitor. Not thread-safe: one driver, one thread."""
 
-    def __init__(self, endpoint: str, session: Session, watch: Callable[[list[int]], None] | None = None) -> None:
+    def __init__(
+        self,
+        endpoint: str,
+        session: Session,
+        watch: Callable[[list[int]], None] | None = None,
+        credentials: Credentials | None = None,
+    ) -> None:
         """``watch`` is told which file descriptors to wait for: none before sockets are closed, theirs when made."""
         self.endpoint = endpoint
         self._session = session
+        self._options = _OPTIONS if credentials is None else _OPTIONS | credentials.options()
+        self._credentials = credentials
         self._watch = watch or _ignore
         self._context = zmq.Context()
         self._socket: zmq.Socket[bytes] | None = None
@@ -74,9 +91,9 @@ class Link:
 
     def _connect(self, now: float) -> None:
         socket = self._context.socket(zmq.DEALER)
-        for option, value in _OPTIONS.items():
+        for option, value in self._options.items():
             socket.setsockopt(option, value)
-        monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        monitor = socket.get_monitor_socket(_EVENTS)
         try:
             socket.connect(self.endpoint)
         except zmq.ZMQError as error:
@@ -108,8 +125,29 @@ class Link:
                 message = self._monitor.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 break
-            lost |= parse_monitor_message(message)["event"] == zmq.EVENT_DISCONNECTED
+            event = parse_monitor_message(message)
+            if event["event"] == zmq.EVENT_DISCONNECTED:
+                lost = True
+            else:
+                self._on_failed_handshake(event["event"], event["value"])
         return lost
+
+    def _on_failed_handshake(self, event: int, value: int) -> None:
+        """What another try would not help ends the session; the rest is told when nobody wants to wait any longer."""
+        where, credentials = f"the daemon at {self.endpoint}", self._credentials
+        if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH and credentials is not None:
+            text = f"{where} does not know this client's key ({credentials.pair.public})"
+            self._session.end(Refused(Code.FORBIDDEN, text))
+        elif event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL and value == zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH:
+            if credentials is None:
+                text = f"{where} wants to know who connects: give key and server_key (--key, --server-key)"
+            else:
+                text = f"{where} takes no keys there: leave key and server_key out, if it is the right one"
+            self._session.end(Refused(Code.FORBIDDEN, text))
+        elif credentials is not None:
+            self._session.trouble = "keys are exchanged and the connection breaks off: is it the server's right key?"
+        else:
+            self._session.trouble = "the connection breaks off at once: is it a recurd daemon's address?"
 
     def _receive(self, now: float) -> bool:
         """Hand every frame that is there to the session; whether there was one."""

@@ -20,6 +20,7 @@ from recurd import wire
 from recurd.dealer import Connection
 from recurd.errors import Code, Refused, Unanswered
 from recurd.fleet import Answers, Fleet
+from recurd.keys import Credentials
 from recurd.latency import Latencies, Latency
 
 Array = npt.NDArray[Any]
@@ -36,6 +37,8 @@ class Plan:
     """One run."""
 
     endpoint: str
+    #: Where the daemon authenticates its clients.
+    credentials: Credentials | None = None
     #: ``None``: the daemon's only model.
     model: str | None = None
     streams: int = 256
@@ -95,7 +98,7 @@ def run(
     """
     with zmq.Context() as context, contextlib.ExitStack() as stack:
         connections = [
-            stack.enter_context(Connection(context, plan.endpoint, plan.timeout_seconds))
+            stack.enter_context(Connection(context, plan.endpoint, plan.timeout_seconds, plan.credentials))
             for _ in range(min(plan.connections, plan.streams))
         ]
         welcome = [connection.hello() for connection in connections][-1]

@@ -54,6 +54,7 @@ COUNTERS: tuple[Row, ...] = (
     ("duplicates", "Records that had been accepted before and were answered again.", "duplicates"),
     ("streams_opened", "Streams started new.", "streams_opened"),
     ("peers_expired", "Connections forgotten because they were silent.", "peers_expired"),
+    ("auth_failures", "Connections refused because their key is not known.", "auth_failures"),
     ("frames_received", "Messages received.", "frames_received"),
     ("received_bytes", "Bytes of the messages received.", "bytes_received"),
     ("frames_sent", "Messages sent.", "frames_sent"),

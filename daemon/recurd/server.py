@@ -1,4 +1,4 @@
-"""The process: sockets, signals, the clock and the loop that drives the engine. The only module with zmq.
+"""The process: sockets, signals, the clock and the loop that drives the engine. With :mod:`recurd.auth`, all of zmq.
 
 The loop has six verbs: wait, receive, run, commit, send, beat. One thread does all of it, the run of the model
 included: while it runs, ZeroMQ's own I/O thread fills the socket's queue, and the next tick takes what has come. Only
@@ -20,7 +20,7 @@ import numpy as np
 import zmq
 from msgspec import structs
 
-from recurd import config, systemd, verify
+from recurd import auth, config, systemd, verify
 from recurd.arena import Device
 from recurd.engine import Engine
 from recurd.errors import AddressError, ConfigError, DeviceLost, ExitCode, StartError
@@ -30,7 +30,7 @@ from recurd.logs import open_log
 from recurd.metrics import Collector, ModelLabels, open_registry
 from recurd.model import Model, resolve_device
 from recurd.stats import Stats
-from recurd.tenants import Tenants
+from recurd.tenants import LOCAL, Tenants
 
 if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
@@ -70,6 +70,8 @@ class Server:
         self._log = log
         self._notifier = systemd.Notifier(os.environ, os.getpid())
         stack.callback(self._notifier.close)
+        keys, users = auth.read(settings.auth, settings.tenants)
+        self._tenants = Tenants(settings.tenants, users)
         self._health = Health(settings.timeouts.stall_seconds)
         self._wakeup = stack.enter_context(_signals())
         stats = Stats()
@@ -85,7 +87,6 @@ class Server:
             labels[name] = ModelLabels(model.contract.version, model.device, model.contract.weights_sha256[:12])
         named = (structs.replace(entry, name=name) for entry, name in zip(settings.models, self._models, strict=True))
         settings = structs.replace(settings, models=tuple(named))
-        self._tenants = Tenants(settings.tenants)
         self._engine = Engine(
             settings,
             self._models,
@@ -99,16 +100,29 @@ class Server:
         )
         self._stats = stats
         self._durable = None if settings.durability.mode == "off" else self._restore(stack)
-        self._socket, self.endpoints = _bind(settings, stack)
-        self._poller = zmq.Poller()
-        self._poller.register(self._socket, zmq.POLLIN)
-        self._poller.register(self._wakeup, zmq.POLLIN)
+        context = stack.enter_context(zmq.Context(settings.zeromq.io_threads))
+        self._gate = None if keys is None else auth.Gate(context, keys, stats, stack)
+        self._socket, self.endpoints = _bind(context, settings, self._gate, stack)
+        self._poller = self._open()
+        self._unnamed = LOCAL if any(not _is_tcp(endpoint) for endpoint in self.endpoints) else ""
         # shutdown
         self._stop_at: float | None = None
         # beat
         self._next_beat = 0.0
         watchdog = self._notifier.watchdog_seconds
         self._beat_seconds = min(_BEAT_SECONDS, watchdog / 2) if watchdog else _BEAT_SECONDS
+
+    def _open(self) -> zmq.Poller:
+        """What the loop waits for. Those who are known are let in, once it is tried that nobody else is."""
+        poller = zmq.Poller()
+        poller.register(self._socket, zmq.POLLIN)
+        poller.register(self._wakeup, zmq.POLLIN)
+        if self._gate is not None:
+            for endpoint in filter(_is_tcp, self.endpoints):
+                self._gate.check(endpoint)
+            self._gate.allowed = self._tenants.users
+            poller.register(self._gate.socket, zmq.POLLIN)
+        return poller
 
     def _restore(self, stack: ExitStack) -> "Durable":
         from recurd.durable import Durable  # brings lmdb
@@ -165,9 +179,14 @@ class Server:
         for ready, _ in self._poller.poll(int(seconds * 1000 + 0.999)):
             if ready == self._wakeup.fileno():
                 self._look_for_signal()
+            elif self._gate is not None and ready is self._gate.socket:
+                self._gate.answer()
 
     def _receive(self) -> None:
         """Feed the engine what has come, up to a bound, so that ticks and answers are never far away."""
+        if self._gate is not None:
+            self._receive_from_users()
+            return
         receive, now = self._engine.receive, time.monotonic()
         room = self._config.tick.receive_records
         while room > 0:
@@ -177,6 +196,19 @@ class Server:
                 return
             # Anything but exactly one frame is no message of ours; an empty one is refused as such.
             room -= receive(frames[0] if len(frames) == 1 else b"", routing_id, now)
+
+    def _receive_from_users(self) -> None:
+        """The same, with whom each message is from: the routing id does not say, as a client may take another's."""
+        receive, now = self._engine.receive, time.monotonic()
+        room = self._config.tick.receive_records
+        while room > 0:
+            try:
+                routing_id, *frames = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
+            except zmq.Again:
+                return
+            # Only over ipc is nobody asked who it is.
+            user = (auth.user_of(frames[-1]) if frames else "") or self._unnamed
+            room -= receive(frames[0].bytes if len(frames) == 1 else b"", routing_id.bytes, now, user)
 
     def _run_tick(self) -> None:
         tick = self._engine.take_tick(time.monotonic())
@@ -245,12 +277,21 @@ class Server:
         """Take over what may change while serving: all of it, or nothing when something of it cannot be read."""
         try:
             settings = self._read()
+            users = self._read_users(settings)
         except StartError as error:
             self._log.error("reload_failed", reason=str(error))
             return
-        self._tenants.change(settings.tenants, None)
+        self._tenants.change(settings.tenants, users)
+        if self._gate is not None:
+            self._gate.allowed = self._tenants.users
         self._engine.rights_changed()
         self._log.info("reloaded")
+
+    def _read_users(self, settings: config.Config) -> dict[str, str] | None:
+        """Tenants by public key, as they are now. Raises :class:`StartError`."""
+        if bool(settings.auth.key) != (self._gate is not None):
+            raise ConfigError("auth.key: authentication is switched on and off by a new start only")
+        return auth.read(settings.auth, settings.tenants)[1]
 
     def _stop(self, numbers: bytes) -> None:
         if self._stop_at is not None:
@@ -311,9 +352,17 @@ def _check_device(device: Device) -> None:
         raise DeviceLost(f"the device does not answer any more: {error}") from error
 
 
-def _bind(settings: config.Config, stack: ExitStack) -> tuple[zmq.Socket[bytes], list[str]]:
-    """The bound ROUTER socket and the endpoints as they were bound (a port 0 resolved)."""
-    context = stack.enter_context(zmq.Context(settings.zeromq.io_threads))
+def _is_tcp(endpoint: str) -> bool:
+    return endpoint.startswith("tcp://")
+
+
+def _bind(
+    context: zmq.Context[zmq.Socket[bytes]], settings: config.Config, gate: auth.Gate | None, stack: ExitStack
+) -> tuple[zmq.Socket[bytes], list[str]]:
+    """The bound ROUTER socket and the endpoints as they were bound (a port 0 resolved).
+
+    Where there is a gate, the tcp endpoints take only whom it lets in.
+    """
     router = stack.enter_context(context.socket(zmq.ROUTER))
     heartbeat = int(settings.timeouts.heartbeat_seconds * 1000)
     options = {
@@ -331,16 +380,19 @@ def _bind(settings: config.Config, stack: ExitStack) -> tuple[zmq.Socket[bytes],
     }
     for option, value in options.items():
         router.setsockopt(option, value)
-    endpoints = []
-    for endpoint in settings.bind:
+    endpoints = {}
+    # An endpoint has the options that the socket has when it is bound: ipc's are guarded by permissions, not by keys.
+    for endpoint in sorted(settings.bind, key=_is_tcp):
+        if gate is not None and _is_tcp(endpoint):
+            gate.secure(router)
         if endpoint.startswith("ipc:///"):
             _lock(endpoint.removeprefix("ipc://"), stack)
         try:
             router.bind(endpoint)
         except zmq.ZMQError as error:
             raise AddressError(f"bind: cannot bind {endpoint}: {os.strerror(error.errno or 0)}") from error
-        endpoints.append(router.getsockopt_string(zmq.LAST_ENDPOINT))
-    return router, endpoints
+        endpoints[endpoint] = router.getsockopt_string(zmq.LAST_ENDPOINT)
+    return router, [endpoints[endpoint] for endpoint in settings.bind]
 
 
 def _lock(path: str, stack: ExitStack) -> None:

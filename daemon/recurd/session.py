@@ -67,6 +67,8 @@ class Session:
         self.limits = limits or Limits()
         self.welcome: wire.Welcome | None = None
         self.error: RecurdError | None = None
+        #: What is the matter with connections that never come to be; empty once one has.
+        self.trouble = ""
         self._answers: list[Answer] = []
         self._writers: dict[str, Writer] = {}
         self._signatures: dict[str, Signature] = {}
@@ -334,6 +336,7 @@ class Session:
             return
         self._signatures = {}
         self.welcome = welcome
+        self.trouble = ""
         self._state = _State.READY
         self._look_at = now
         self._ready = dict.fromkeys(self._writers.values())

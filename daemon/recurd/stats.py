@@ -111,6 +111,8 @@ class Stats:
         self.streams_ended = {"closed": 0, "expired": 0, "failed": 0, "moved": 0, "poisoned": 0}
         self.streams_ended |= {"reloaded": 0, "replaced": 0}
         self.peers_expired = 0
+        #: Handshakes refused for their key.
+        self.auth_failures = 0
         # counters: the wire
         self.frames_received = 0
         self.bytes_received = 0

@@ -122,6 +122,11 @@ class Tenants:
         for name, share in self._shares.items():
             share.limit(self.rights(name).limits)
 
+    @property
+    def users(self) -> frozenset[str]:
+        """All keys that are known."""
+        return frozenset(self._users or ())
+
     def of(self, user: str) -> Tenant | None:
         """The tenant of a user; ``None`` for one whose key is not known (any more)."""
         if self._users is None or user == LOCAL:

@@ -208,7 +208,7 @@ def test_every_extra_that_is_named_exists() -> None:
 
 def settings(**flags: object) -> Config:
     names = "config_file log_format log_level metrics device slots threads insecure journal durability accept_drift"
-    none = dict.fromkeys(names.split())
+    none = dict.fromkeys([*names.split(), "key", "clients"])
     return build_config(**{"models": (Path("a.onnx"),), "bind": (), **none, **flags})  # type: ignore[arg-type]
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from recurd.config import (
+    Auth,
     Config,
     Durability,
     Limits,
@@ -30,6 +31,7 @@ SECTIONS = {
     "timeouts": Timeouts,
     "zeromq": ZeroMQ,
     "durability": Durability,
+    "auth": Auth,
     "log": Log,
 }
 EXAMPLES = {"models": Model, "tenants.gateway-7": Tenant, "tenants.gateway-7.limits": TenantLimits}
@@ -77,7 +79,7 @@ def test_the_shipped_examples_decode(tmp_path: Path) -> None:
     example = re.sub("^# ?", "", text[text.index("# [[models]]") :], flags=re.MULTILINE)
     example = re.sub("^(?!#|\\[|\\w+ = ).*", "", example, flags=re.MULTILINE)
 
-    config = load(write(tmp_path, example))
+    config = load(write(tmp_path, "[auth]\nkey = 'server.key_secret'\n" + example))
 
     path = str(tmp_path / "models/pump.onnx")
     assert config.models == (Model(path=path, name="pump", slots=1024, stream_idle_seconds=3600),)
@@ -116,6 +118,8 @@ def test_a_relative_model_path_starts_at_the_files_folder_and_an_absolute_one_st
         ("[tenants.a]\n[tenants.b]\nrights = ['fly']", "tenants.b.rights[0]: 'fly' is not one of stream, reset, state"),
         ("[tenants.a]\nstrems = []", "strems: there is no such key in [tenants.a]"),
         ("[tenants.a.limits]\nstreams = 0", "tenants.a.limits.streams: expected `int` >= 1"),
+        ("[tenants.a]", "tenants.a: without auth.key nobody is this tenant, all are 'local'"),
+        ("[auth]\nclients = 'c'", "auth.clients: needs auth.key, the daemon's own secret key"),
         ("tenants = 1", "tenants: expected `object`, got `int`"),
         ("[log]\nformat = 'xml'", "log.format: 'xml' is not one of keyvalue, json"),
         ("device = 'gpu'", "device: 'gpu' is not one of auto, cpu, cuda, cuda:0"),

@@ -131,10 +131,14 @@ class Dealer:
         self.socket.setsockopt(zmq.LINGER, 0)
         self.socket.setsockopt(zmq.RCVTIMEO, int(PATIENCE_SECONDS * 1000))
         self.socket.setsockopt(zmq.SNDTIMEO, int(PATIENCE_SECONDS * 1000))
+        self._prepare()
         self.socket.connect(endpoint)
         self._arrived: list[Reply] = []
         if greet:
             assert self.ask(hello()).type == Type.WELCOME
+
+    def _prepare(self) -> None:
+        """Set what else the socket needs before it is connected."""
 
     def __enter__(self) -> "Dealer":
         return self

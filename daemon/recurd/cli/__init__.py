@@ -36,6 +36,7 @@ COMMANDS = {
     "serve": Entry("recurd.cli.serve:serve", "gpu", "Serve models to live streams."),
     "stream": Entry("recurd.cli.stream:stream", "gpu", "Send rows from a file or standard input, print predictions."),
     "bench": Entry("recurd.cli.bench:bench", "gpu", "Measure a daemon under load."),
+    "keys": Entry("recurd.cli.keys:keys", "gpu", "Make keys for a daemon and for those who may connect to it."),
     "demo": Entry("recurd_export.demo:demo", "gpu,demo", "Train, export, serve and stream real sensor data."),
 }
 

@@ -11,8 +11,10 @@ import click
 import msgspec
 
 from recurd import child, load
-from recurd.cli.endpoint import checked
+from recurd.cli.endpoint import check_keys, checked, with_keys
+from recurd.client import connect
 from recurd.errors import ExitCode
+from recurd.keys import read_credentials
 
 EPILOG = """\b
 Examples:
@@ -26,13 +28,14 @@ With --rate chunks are due at fixed times, and latency counts from then whether 
 stall shows in full. The load comes from this process and shares the machine's cores with a daemon on it.
 \b
 Exit codes: 0 every chunk was answered with a result, 1 some were not, or the daemon refused, 69 no daemon or no
-answer, 130 interrupted; those of 'recurd serve' when the daemon does not start.
+answer, 77 a key file is not good, 130 interrupted; those of 'recurd serve' when the daemon does not start.
 """
 
 
 @click.command(epilog=EPILOG)
 @click.argument("file", metavar="[MODEL.onnx]", required=False, type=click.Path(path_type=Path))
 @click.option("--endpoint", callback=checked, help="A running daemon's address, instead of MODEL.onnx.")
+@with_keys
 @click.option("--model", help="The model; may be left out when the daemon serves one.")
 @click.option("--streams", type=click.IntRange(1, 1_000_000), default=256, show_default=True)
 @click.option("--chunk-steps", type=click.IntRange(1), default=16, show_default=True, help="Time steps a chunk.")
@@ -59,6 +62,8 @@ def bench(
     /,
     file: Path | None,
     endpoint: str | None,
+    key: str | None,
+    server_key: str | None,
     timeout: float,
     device: str | None,
     threads: int | None,
@@ -71,6 +76,10 @@ def bench(
         raise click.UsageError("name a model file to serve here, or a running daemon with --endpoint")
     if endpoint is not None and not (device is None and threads is None and config is None):
         raise click.UsageError("--device, --threads and --config are for a daemon started here, not for --endpoint")
+    check_keys(key, server_key)
+    if endpoint is not None and key is not None:
+        # The load generator heals and explains nothing: what is wrong with a key is told here.
+        connect(endpoint, timeout_seconds=timeout, key=key, server_key=server_key).close()
     serve = ["--slots", str(options["streams"])]
     for name, value in (("device", device), ("threads", threads), ("config", config)):
         serve += [] if value is None else [f"--{name}", str(value)]
@@ -80,7 +89,7 @@ def bench(
         if file is not None:
             daemon = stack.enter_context(child.serving([str(file), *serve]))
             endpoint, daemon_cpu = daemon.endpoint, daemon.cpu_seconds
-        plan = load.Plan(endpoint=endpoint or "", **options)
+        plan = load.Plan(endpoint=endpoint or "", credentials=read_credentials(key, server_key), **options)
         with _bar() as progress:
             report = load.run(plan, progress=progress, daemon_cpu=daemon_cpu)
     click.echo(msgspec.json.encode(report).decode() if as_json else table(report))

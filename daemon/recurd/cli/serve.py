@@ -17,7 +17,8 @@ Examples:
   recurd serve --config /etc/recurd/recurd.toml --check
 \b
 Exit codes: 0 stopped as asked, 65 a model file is not good, 69 no such device, 71 the device has gone, 74 the journal
-cannot be gone on with, 75 an address cannot be bound, 78 the configuration is wrong.
+cannot be gone on with, 75 an address cannot be bound, 77 a key file is not good or it cannot be made sure who may
+connect, 78 the configuration is wrong.
 """
 
 
@@ -31,6 +32,8 @@ cannot be gone on with, 75 an address cannot be bound, 78 the configuration is w
 @click.option("--threads", type=int, help="Threads of a model's run on the CPU; 0: all cores.  [0]")
 @click.option("--log-format", type=click.Choice(["keyvalue", "json"]), help="Form of the log lines.  [keyvalue]")
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), help="Least level.  [info]")
+@click.option("--key", help="The daemon's own .key_secret file: tcp clients are authenticated, by --clients.")
+@click.option("--clients", help="Folder of the public keys that are let in; NAME.key is tenant NAME's.")
 @click.option("--insecure", is_flag=True, default=None, help="Serve beyond this machine without authentication.")
 @click.option("--journal", type=click.Path(path_type=Path), help="Folder in which streams outlive the daemon.")
 @click.option(
@@ -67,6 +70,8 @@ def build_config(
     journal: Path | None,
     durability: str | None,
     accept_drift: bool | None,
+    key: str | None,
+    clients: str | None,
     **flags: Any,
 ) -> config.Config:
     """Defaults, then the file, then the flags that were given. Raises :class:`ConfigError`."""
@@ -81,6 +86,7 @@ def build_config(
     folder = None if journal is None else str(journal)
     sections: dict[str, dict[str, Any]] = {
         "log": {"format": log_format, "level": log_level},
+        "auth": {"key": key, "clients": clients},
         "durability": {"mode": durability, "directory": folder, "accept_drift": accept_drift},
     }
     for name, keys in sections.items():

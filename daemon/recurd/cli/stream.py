@@ -10,12 +10,12 @@ from typing import Any, BinaryIO
 import click
 
 from recurd import wire
-from recurd.cli.endpoint import checked
+from recurd.cli.endpoint import check_keys, checked, with_keys
 from recurd.cli.output import discard_output
 from recurd.cli.pump import Pump
 from recurd.cli.rows import Format, InputError, PredictionWriter, reader
 from recurd.client import Client, Stream, connect
-from recurd.errors import ExitCode, RecurdError, Unanswered
+from recurd.errors import ExitCode, KeyFileError, RecurdError, Unanswered
 
 #: A wait for the daemon that is longer than this is told on a terminal.
 _PATIENCE_SECONDS = 2.0
@@ -34,7 +34,8 @@ where a chunk ends). The stream's state is kept by the daemon: the next call goe
 Close a stream that is done with (--close), or its slot in the daemon stays taken until the idle time-out.
 \b
 Exit codes: 0 all rows were answered, 1 the daemon refused a row or lost the state, or the predictions cannot be
-written, 2 wrong usage, 65 a row cannot be read, 69 no daemon or no answer, 130 interrupted.
+written, 2 wrong usage, 65 a row cannot be read, 69 no daemon or no answer, 77 a
+key file is not good, 130 interrupted.
 """
 
 
@@ -43,6 +44,7 @@ written, 2 wrong usage, 65 a row cannot be read, 69 no daemon or no answer, 130 
 @click.option(
     "--endpoint", default="tcp://127.0.0.1:7070", show_default=True, callback=checked, help="The daemon's address."
 )
+@with_keys
 @click.option("--model", help="The model; may be left out when the daemon serves one.")
 @click.option("--stream", "name", required=True, help="Name of the stream.")
 @click.option(
@@ -86,6 +88,8 @@ def _stream(
     format: Format,
     *,
     endpoint: str,
+    key: str | None,
+    server_key: str | None,
     model: str | None,
     name: str,
     output: Format | None,
@@ -98,7 +102,8 @@ def _stream(
     timeout: float,
 ) -> None:
     """The whole of it. Raises :class:`RecurdError`, click.UsageError and BrokenPipeError."""
-    with _connected(endpoint, timeout) as client, _opened(file) as source:
+    check_keys(key, server_key)
+    with _connected(endpoint, timeout, key, server_key) as client, _opened(file) as source:
         opened = _open(client, name, model, reset=reset)
         signature = opened.signature
         pump = Pump(
@@ -116,7 +121,7 @@ def _stream(
             opened.close()
 
 
-def _connected(endpoint: str, timeout_seconds: float) -> Client:
+def _connected(endpoint: str, timeout_seconds: float, key: str | None, server_key: str | None) -> Client:
     """A client; says on a terminal that it waits when that takes long."""
     told = threading.Timer(
         _PATIENCE_SECONDS, click.echo, [f"recurd: waiting for a daemon at {endpoint} ..."], {"err": True}
@@ -125,7 +130,7 @@ def _connected(endpoint: str, timeout_seconds: float) -> Client:
     if sys.stderr is not None and sys.stderr.isatty():
         told.start()
     try:
-        return connect(endpoint, timeout_seconds=timeout_seconds)
+        return connect(endpoint, timeout_seconds=timeout_seconds, key=key, server_key=server_key)
     finally:
         told.cancel()
 
@@ -143,6 +148,8 @@ def _open(client: Client, name: str, model: str | None, *, reset: bool) -> Strea
 def _exit_code(error: RecurdError) -> int:
     if isinstance(error, InputError):
         return ExitCode.CONTRACT  # EX_DATAERR
+    if isinstance(error, KeyFileError):
+        return ExitCode.AUTH  # EX_NOPERM
     return ExitCode.DEVICE if isinstance(error, Unanswered) else ExitCode.BUG  # EX_UNAVAILABLE
 
 
