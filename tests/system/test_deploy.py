@@ -75,7 +75,8 @@ def test_the_service_is_hardened(unit: Path) -> None:
 
 
 def test_only_permanent_errors_keep_the_service_from_being_restarted() -> None:
-    permanent = {ExitCode.USAGE, ExitCode.CONTRACT, ExitCode.DEVICE, ExitCode.JOURNAL, ExitCode.CONFIG}
+    permanent = {ExitCode.USAGE, ExitCode.CONTRACT, ExitCode.DEVICE, ExitCode.JOURNAL}
+    permanent |= {ExitCode.AUTH, ExitCode.CONFIG}
 
     assert {int(code) for code in service_section()["RestartPreventExitStatus"].split()} == permanent
 
