@@ -484,6 +484,8 @@ class Engine:
     def halt(self, reason: str) -> None:
         """Nothing can be saved: refuse everything that would change a stream, until :meth:`saved`."""
         self._halted = reason
+        for lane in self._lanes.values():
+            lane.scheduler.pace.pause()
 
     @property
     def halted(self) -> bool:
@@ -538,7 +540,7 @@ def _accept(stream: Stream, record: Chunk, header: wire.Header) -> bool:
     """Queue a record that was admitted; whether it is the only one. Raises :class:`Refused` (``busy``, ``limit``)."""
     is_first = not stream.queue
     record.attempt = header.flags & wire.ATTEMPT
-    stream.lane.enter(record, is_first, stream.share)
+    stream.lane.enter(stream, record)
     stream.accepted = record.seq
     stream.queue.append(record)
     return is_first

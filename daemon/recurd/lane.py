@@ -14,7 +14,7 @@ from recurd.errors import Code, Refused
 from recurd.saving import Stamp
 from recurd.scheduler import Scheduler
 from recurd.stats import ModelStats
-from recurd.streams import Chunk
+from recurd.streams import Chunk, Stream
 from recurd.tenants import Share
 
 #: Digits of a state hash that name a version.
@@ -90,6 +90,7 @@ class Lane:
             padding_ratio=config.tick.padding_ratio,
         )
         self._room = room
+        self._max_wait_seconds = config.limits.queued_seconds
         #: Whether a tick is out.
         self.busy = False
         # input
@@ -134,19 +135,25 @@ class Lane:
         """There is none for the states of so many more streams."""
         return self.slots.store is None and self.streams + count > self._max_streams
 
-    def enter(self, chunk: Chunk, is_first: bool, share: Share | None) -> None:
+    def enter(self, stream: Stream, chunk: Chunk) -> None:
         """Count a chunk that is about to be queued. Raises :class:`Refused` (``busy``, ``limit``) without room for it.
 
-        The first one a stream has waiting is counted but always let in, as far as the bytes go: streams that send much
-        must not lock out those that send little.
+        The first one a stream has waiting is counted but always let in, as far as the bytes go, and it waits for one
+        turn in line where those behind it wait for several: streams that send much must not lock out those that send
+        little.
         """
-        room, size = self._room, chunk.data.nbytes
+        room, size, is_first, share = self._room, chunk.data.nbytes, not stream.queue, stream.share
         if (
             (room.chunks >= room.max_chunks and not is_first)
             or room.bytes + size > room.max_bytes
             or room.retained >= room.max_retained
         ):
             raise room.refusal()
+        wait_seconds = self.scheduler.wait_seconds(stream)
+        if wait_seconds > self._max_wait_seconds and size:
+            # Whoever comes again before half of it is done only takes time from those who wait.
+            text = f"it would wait {wait_seconds:.3g} s to be run, at most {self._max_wait_seconds:g} are allowed"
+            raise Refused(Code.BUSY, text, retry_after_seconds=max(wait_seconds / 2, room.retry_after_seconds))
         if share is not None:
             share.enter(chunk, is_first)
         room.chunks += 1

@@ -25,6 +25,8 @@ from recurd.streams import Chunk, Stream
 if TYPE_CHECKING:
     from recurd.lane import Lane
 
+#: What a tick still counts for the pace when the next one has been taken.
+_PACE_MEMORY = 0.9
 #: Streams looked at for one tick, as a multiple of its rows: bounds the work of a tick when most rows do not fit.
 _LOOK_AHEAD = 4
 
@@ -58,6 +60,33 @@ class Tick:
         return self.rows[0].stream.lane
 
 
+class Pace:
+    """What a row takes while there is more to do than a tick holds, which is when somebody waits. Owned by a scheduler.
+
+    From one tick to the next, so that everything between two runs counts. Older ticks count less and less.
+    """
+
+    def __init__(self) -> None:
+        #: 0 as long as no tick has left anybody in line.
+        self.seconds_per_row = 0.0
+        self._seconds = self._rows = 0.0
+        # The tick before, when it left somebody in line; else no rows.
+        self._taken_at = 0.0
+        self._taken = 0
+
+    def took(self, now: float, rows: int, *, left: bool) -> None:
+        """A tick of so many rows was taken; whether streams were ``left`` in line."""
+        if self._taken:
+            self._seconds = _PACE_MEMORY * self._seconds + now - self._taken_at
+            self._rows = _PACE_MEMORY * self._rows + self._taken
+            self.seconds_per_row = self._seconds / self._rows
+        self._taken_at, self._taken = now, rows if left else 0
+
+    def pause(self) -> None:
+        """No tick will be taken for a while, for other reasons."""
+        self._taken = 0
+
+
 class Scheduler:
     """The line of one lane's streams that have something to run. Owned by the lane."""
 
@@ -69,6 +98,7 @@ class Scheduler:
         self._padding_ratio = padding_ratio
         self._max_cells = max_rows * max_steps
         self._line: deque[Stream] = deque()
+        self.pace = Pace()
 
     def __len__(self) -> int:
         """Streams in the line."""
@@ -114,7 +144,20 @@ class Scheduler:
             if len(rows) == self._max_rows:
                 break
         self._line.extendleft(reversed(passed))
+        self.pace.took(now, len(rows), left=bool(self._line))
         return rows, late
+
+    def wait_seconds(self, stream: Stream) -> float:
+        """What a chunk that is queued now would wait to be started, as far as can be told.
+
+        The line goes round once for every turn the stream has to take before.
+        """
+        turn = len(self._line) * self.pace.seconds_per_row
+        if not (turn and stream.queue):
+            return turn
+        left = [chunk.steps - chunk.taken for chunk in stream.queue]
+        turns = sum(left) // self._max_steps if self._joins else sum(-(-steps // self._max_steps) for steps in left)
+        return turn * (1 + turns)
 
     def _joined(self, stream: Stream, now: float) -> int:
         """Steps the stream could run in one row, up to the next reset or chunk that is late.
