@@ -11,7 +11,6 @@ daemon's memory was ever over the bound.
 """
 
 import contextlib
-import sys
 import tempfile
 import time
 import urllib.request
@@ -24,6 +23,7 @@ import msgspec
 import numpy as np
 import zmq
 
+from outcome import end, memory, say
 from recurd import child, wire
 from recurd.dealer import Connection
 from recurd.model import Model
@@ -70,12 +70,6 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     def ok(self) -> bool:
         """Whether all were right and the memory within its bound."""
         return not self.wrong_results and self.results_compared > 0 and self.peak_bytes <= self.bound_bytes
-
-
-def memory(daemon: child.Child, field: str = "VmRSS") -> int:
-    """Bytes of the daemon's resident memory now, or at most so far (``VmHWM``)."""
-    status = Path(f"/proc/{daemon.pid}/status").read_text()
-    return int(next(line for line in status.splitlines() if line.startswith(field)).split()[1]) * 1024
 
 
 def metrics(daemon: child.Child, names: tuple[str, ...]) -> np.ndarray[Any, Any]:
@@ -220,7 +214,7 @@ def run(
         with _served(context, arguments) as (daemon, connection):
             load = Load(connection, reference, streams, seed)
             found |= fill(daemon, load, streams) | turn(daemon, load, streams, slots, seconds)
-            peak = memory(daemon, "VmHWM")
+            peak = memory(daemon.pid, "VmHWM")
         if journal:
             begin = time.monotonic()
             with _served(context, arguments) as (daemon, connection):
@@ -228,7 +222,7 @@ def run(
                 load.connection = connection
                 load.open("resume")
                 load.push(list(load.sent))
-                peak = max(peak, memory(daemon, "VmHWM"))
+                peak = max(peak, memory(daemon.pid, "VmHWM"))
     compared, wrong = compare(reference, load)
     return Outcome(
         streams=streams,
@@ -255,13 +249,13 @@ def _served(context: Any, arguments: list[str]) -> Iterator[tuple[child.Child, C
 
 def fill(daemon: child.Child, load: Load, streams: int) -> dict[str, float]:
     """Open all streams and give each a state."""
-    at_start, begin = memory(daemon), time.monotonic()
+    at_start, begin = memory(daemon.pid), time.monotonic()
     load.open("auto")
-    open_seconds, after_open = time.monotonic() - begin, memory(daemon)
+    open_seconds, after_open = time.monotonic() - begin, memory(daemon.pid)
     say(f"{streams} streams opened in {open_seconds:.1f} s, {after_open / 2**30:.2f} GiB")
     begin = time.monotonic()
     load.push(range(streams))
-    first_seconds, idle = time.monotonic() - begin, memory(daemon)
+    first_seconds, idle = time.monotonic() - begin, memory(daemon.pid)
     say(f"one chunk each in {first_seconds:.1f} s, {idle / 2**30:.2f} GiB")
     return {
         "opened_per_second": streams / open_seconds,
@@ -290,11 +284,6 @@ def turn(daemon: child.Child, load: Load, streams: int, slots: int, seconds: flo
     }
 
 
-def say(text: str) -> None:
-    """Progress, for a person who watches."""
-    click.echo(text, err=True)
-
-
 @click.command(help=(__doc__ or "").replace("\n\n", "\n\n\b\n"))
 @click.argument("model", type=click.Path(path_type=Path, exists=True))
 @click.option("--streams", type=click.IntRange(1), default=1_000_000, show_default=True)
@@ -306,13 +295,7 @@ def say(text: str) -> None:
 @click.option("--json", "as_json", is_flag=True)
 def main(model: Path, as_json: bool, **options: Any) -> None:
     outcome = run(model, **options)
-    if as_json:
-        click.echo(msgspec.json.encode(outcome))
-    else:
-        for name, value in msgspec.structs.asdict(outcome).items():
-            shown = value if value is None or isinstance(value, int) else round(value, 3 if value < 10 else 0)
-            click.echo(f"{name.replace('_', ' '):24} {shown:,}" if shown is not None else "", nl=shown is not None)
-    sys.exit(0 if outcome.ok else 1)
+    end(outcome, as_json=as_json)
 
 
 if __name__ == "__main__":

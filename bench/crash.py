@@ -29,6 +29,7 @@ import numpy as np
 import numpy.typing as npt
 
 import recurd
+from outcome import end
 from recurd.contract import Contract
 from recurd.journal import Journal
 from recurd.model import Model
@@ -273,12 +274,7 @@ def _ended(daemon: Daemon) -> Iterator[Daemon]:
 @click.option("--json", "as_json", is_flag=True)
 def main(model: Path, as_json: bool, **options: Any) -> None:
     outcome = run(model, **options)
-    if as_json:
-        click.echo(msgspec.json.encode(outcome))
-    else:
-        for name, value in msgspec.structs.asdict(outcome).items():
-            click.echo(f"{name.replace('_', ' '):16} {value}")
-    sys.exit(0 if outcome.ok else 1)
+    end(outcome, as_json=as_json)
 
 
 if __name__ == "__main__":

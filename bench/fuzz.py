@@ -10,7 +10,6 @@ bound may be passed, and the witness gets what it got alone. At the end all conn
 
 import os
 import random
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -22,6 +21,7 @@ import msgspec
 import numpy as np
 import structlog
 
+from outcome import end
 from recurd import wire
 from recurd.config import Config, override
 from recurd.engine import Engine
@@ -384,12 +384,7 @@ def run(path: Path, frames: int, seed: int) -> Outcome:
 @click.option("--json", "as_json", is_flag=True)
 def main(model: Path, frames: int, seed: int, as_json: bool) -> None:
     outcome = run(model, frames, seed)
-    if as_json:
-        click.echo(msgspec.json.encode(outcome))
-    else:
-        for name, value in msgspec.structs.asdict(outcome).items():
-            click.echo(f"{name.replace('_', ' '):16} {value}")
-    sys.exit(0 if outcome.ok else 1)
+    end(outcome, as_json=as_json)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     stream_credit: Count = 64
     queued_chunks: Count = 16_384
     queued_bytes: Count = 268_435_456
-    queued_seconds: Seconds = 1.0
+    queued_seconds: Seconds = 0.25
     host_state_bytes: CountOrZero = 4_294_967_296
     retained_bytes: Count = 1_073_741_824
     busy_retry_seconds: Seconds = 0.05

@@ -484,7 +484,7 @@ class Engine:
     def halt(self, reason: str) -> None:
         """Nothing can be saved: refuse everything that would change a stream, until :meth:`saved`."""
         self._halted = reason
-        for lane in self._lanes.values():
+        for lane in self._turns:
             lane.scheduler.pace.pause()
 
     @property

@@ -19,6 +19,9 @@ from recurd.tenants import Share
 
 #: Digits of a state hash that name a version.
 VERSION_DIGITS = 16
+#: How much longer than others the only chunk of a stream may wait: a thousand streams that send at one moment are no
+#: overload.
+_FIRST_PATIENCE = 4
 
 
 class Room:
@@ -138,9 +141,8 @@ class Lane:
     def enter(self, stream: Stream, chunk: Chunk) -> None:
         """Count a chunk that is about to be queued. Raises :class:`Refused` (``busy``, ``limit``) without room for it.
 
-        The first one a stream has waiting is counted but always let in, as far as the bytes go, and it waits for one
-        turn in line where those behind it wait for several: streams that send much must not lock out those that send
-        little.
+        The first one a stream has waiting is counted but always let in, as far as the bytes go and if its one turn in
+        line will not be very late: streams that send much must not lock out those that send little.
         """
         room, size, is_first, share = self._room, chunk.data.nbytes, not stream.queue, stream.share
         if (
@@ -150,9 +152,9 @@ class Lane:
         ):
             raise room.refusal()
         wait_seconds = self.scheduler.wait_seconds(stream)
-        if wait_seconds > self._max_wait_seconds and size:
+        if size and wait_seconds > self._max_wait_seconds * (_FIRST_PATIENCE if is_first else 1):
+            text = f"a chunk of this stream would wait {wait_seconds:.3g} s to be run"
             # Whoever comes again before half of it is done only takes time from those who wait.
-            text = f"it would wait {wait_seconds:.3g} s to be run, at most {self._max_wait_seconds:g} are allowed"
             raise Refused(Code.BUSY, text, retry_after_seconds=max(wait_seconds / 2, room.retry_after_seconds))
         if share is not None:
             share.enter(chunk, is_first)
