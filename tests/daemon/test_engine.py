@@ -606,7 +606,8 @@ class Interleaving:
     def __init__(self, models: dict[str, Model], seed: int) -> None:
         self.random = r = random.Random(seed)
         tick = Tick(rows=r.choice((1, 2, 16)), steps=r.choice((1, 4, 64)), padding_ratio=r.choice((0.0, 0.25, 1.0)))
-        self.desk = Desk(models, Config(tick=tick, limits=Limits(stream_credit=64)), slots=8)
+        # time goes at random here, and says nothing about the pace
+        self.desk = Desk(models, Config(tick=tick, limits=Limits(stream_credit=64, queued_seconds=1e9)), slots=8)
         self.plans = [Plan(f"s{n}", r.choice((PUMP, VALVE))) for n in range(r.randint(1, 8))]
         self.peers = 0
         for plan in self.plans:

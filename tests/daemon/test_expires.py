@@ -243,7 +243,8 @@ class Streamer:
 def test_what_was_not_late_gives_what_one_pass_over_it_gives(
     model: Model, acts: list[tuple[str, int, int]], steps: int, rows: int
 ) -> None:
-    desk = Desk({"pump": model}, Config(tick=Tick(rows=rows, steps=steps), limits=Limits(stream_credit=64)))
+    limits = Limits(stream_credit=64, queued_seconds=1e9)
+    desk = Desk({"pump": model}, Config(tick=Tick(rows=rows, steps=steps), limits=limits))
     caller = desk.connect()
     streams = [Streamer(caller, f"s{number}") for number in range(3)]
     by_handle = {stream.handle: stream for stream in streams}
