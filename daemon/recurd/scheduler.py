@@ -1,8 +1,9 @@
 """Which rows run next, and how many steps of each.
 
 Scheduling is continuous: a stream with queued chunks waits in one line per lane, joins the next tick that it fits and
-goes to the end of the line when there is more to do. No clock: ``take`` is called when the device is idle. A chunk that
-may not wait for ever is looked at when the turn of its stream has come.
+goes to the end of the line when there is more to do; tenants that share a daemon have a line each, and their turns. No
+clock: ``take`` is called when the device is idle. A chunk that may not wait for ever is looked at when the turn of its
+stream has come.
 
 Three rules shape a tick. At most ``max_steps`` steps of a stream, so that one that backfills hours does not hold up the
 others: a long chunk is sliced over several ticks and its state stays in place. Queued chunks of one stream are joined
@@ -21,6 +22,7 @@ import numpy.typing as npt
 
 from recurd.contract import Contract
 from recurd.streams import Chunk, Stream
+from recurd.turns import Turns
 
 if TYPE_CHECKING:
     from recurd.lane import Lane
@@ -98,20 +100,26 @@ class Scheduler:
         self._padding_ratio = padding_ratio
         self._max_cells = max_rows * max_steps
         self._line: deque[Stream] = deque()
+        # Where tenants share the daemon, their streams are here instead.
+        self._turns = Turns()
         self.pace = Pace()
 
     def __len__(self) -> int:
         """Streams in the line."""
-        return len(self._line)
+        return len(self._line) + len(self._turns)
 
     def add(self, stream: Stream) -> None:
         """Put a stream with something to run at the end of the line. It must not be in it, nor in a tick."""
-        self._line.append(stream)
+        if stream.share is None:
+            self._line.append(stream)
+        else:
+            self._turns.add(stream)
 
     def remove(self, stream: Stream) -> None:
         """Take a stream out of the line, when it is in it (a stream that ends before its turn; rare, so a search)."""
         if stream in self._line:
             self._line.remove(stream)
+        self._turns.remove(stream)
 
     def take(self, now: float) -> tuple[list[Row], list[Stream]]:
         """The rows of the next tick, the longest waiting stream first; empty when the line is, or all were late.
@@ -122,8 +130,11 @@ class Scheduler:
         late: list[Stream] = []
         passed: list[Stream] = []
         longest = total = 0
-        for _ in range(min(len(self._line), self._max_rows * _LOOK_AHEAD)):
-            stream = self._line.popleft()
+        line, most = self._line, self._max_rows * _LOOK_AHEAD
+        if len(self._turns):
+            line = self._in_turn(most)
+        for _ in range(min(len(line), most)):
+            stream = line.popleft()
             chunk = stream.queue[0]
             if chunk.starts_by < now and not chunk.taken:
                 late.append(stream)
@@ -143,8 +154,10 @@ class Scheduler:
             rows.append(Row(stream, _cut(stream.queue, steps), steps))
             if len(rows) == self._max_rows:
                 break
-        self._line.extendleft(reversed(passed))
-        self.pace.took(now, len(rows), left=bool(self._line))
+        line.extendleft(reversed(passed))
+        if line is not self._line:
+            self._turns.put_back(line, [row.stream for row in rows])
+        self.pace.took(now, len(rows), left=bool(len(self)))
         return rows, late
 
     def wait_seconds(self, stream: Stream) -> float:
@@ -152,12 +165,19 @@ class Scheduler:
 
         The line goes round once for every turn the stream has to take before.
         """
-        turn = len(self._line) * self.pace.seconds_per_row
+        ahead = len(self._line) if stream.share is None else self._turns.ahead(stream.tenant)
+        turn = ahead * self.pace.seconds_per_row
         if not (turn and stream.queue):
             return turn
         left = [chunk.steps - chunk.taken for chunk in stream.queue]
         turns = sum(left) // self._max_steps if self._joins else sum(-(-steps // self._max_steps) for steps in left)
         return turn * (1 + turns)
+
+    def _in_turn(self, most: int) -> deque[Stream]:
+        """The streams that are next, so many at most, where tenants share the daemon."""
+        while self._line:  # from before they did
+            self._turns.add(self._line.popleft())
+        return self._turns.front(most)
 
     def _joined(self, stream: Stream, now: float) -> int:
         """Steps the stream could run in one row, up to the next reset or chunk that is late.

@@ -337,3 +337,19 @@ def test_limits_that_change_hold_for_what_a_tenant_has(open_desk: OpenDesk) -> N
     desk.tenants.change({"a": Tenant(limits=TenantLimits(in_flight=2))}, KEYS)
 
     assert caller.ask(chunk(handle, 3, draw())).code == "limit"
+
+
+def test_a_tenants_thousand_streams_delay_anothers_single_one_by_a_tick(open_desk: OpenDesk) -> None:
+    desk = open_desk(a=Tenant())
+    crowd, single = desk.connect(tenant="a"), desk.connect("b", tenant="b")
+    for number in range(1000):
+        handle = crowd.handle(str(number))
+        crowd.send(chunk(handle, 1, draw()), chunk(handle, 2, draw()))
+    mine = single.handle("s")
+    desk.tick()
+
+    single.send(chunk(mine, 1, draw()))
+    desk.tick()
+
+    (answer,) = single.take()
+    assert answer.type == Type.RESULT
