@@ -177,6 +177,11 @@ class Slots:
             self._release(stream)
         self._keep(stream, None)
 
+    def saved(self, stream: Stream) -> None:
+        """A stream stands in the journal as it is: its state need not wait in the host's memory too."""
+        if self._is_stored(stream):
+            self._keep(stream, None)
+
     def _release(self, stream: Stream) -> None:
         self._holders[stream.slot] = None
         self._used[stream.slot] = _FREE

@@ -178,8 +178,9 @@ class Contract(msgspec.Struct, frozen=True, kw_only=True):
         return self.causal and all(head.per == "step" for head in self.heads)
 
     def public(self) -> dict[str, Any]:
-        """What clients are told: everything but the proof and the initial values."""
+        """What clients are told: everything but the proof and the initial values, and the state hash."""
         body: dict[str, Any] = msgspec.to_builtins(msgspec.structs.replace(self, proof=None))
+        body["state_hash"] = self.state_hash
         for state in body["states"]:
             state["initial"] = "zeros" if state["initial"] is None else "stored"
         return body

@@ -113,9 +113,9 @@ def _states(saving: Saving) -> dict[int, bytes]:
     """The states of streams that are to be saved, by handle; nothing for those that start fresh."""
     by_lane: dict[Lane, list[Stream]] = {}
     for stream in saving.streams:
-        if not is_fresh(stream):
+        if stream.handle not in saving.known and not is_fresh(stream):
             by_lane.setdefault(stream.lane, []).append(stream)
-    states: dict[int, bytes] = {}
+    states = dict(saving.known)
     for lane, streams in by_lane.items():
         states |= zip((stream.handle for stream in streams), lane.slots.states(streams), strict=True)
     return states

@@ -23,7 +23,7 @@ from recurd import wire
 from recurd.admin import Admin
 from recurd.arena import Device, Store
 from recurd.config import Config
-from recurd.errors import Broken, Code, Refused
+from recurd.errors import Broken, Code, JournalError, Refused
 from recurd.fences import Fences
 from recurd.lane import Lane, Room
 from recurd.lifecycle import Identity, Lifecycle, header_of
@@ -31,8 +31,9 @@ from recurd.moving import Moving
 from recurd.peers import Outbox, Peer, Peers
 from recurd.saving import SavedAnswer, SavedStream, Saving, Unsaved
 from recurd.scheduler import Row, Tick, assemble
+from recurd.states import States, kind_of
 from recurd.stats import ModelStats, Stats
-from recurd.streams import Chunk, Ended, Stream, Streams
+from recurd.streams import Chunk, Ended, Kind, Stream, Streams
 from recurd.tenants import LOCAL, Tenants
 from recurd.versions import Incompatible, Takeover, Versions
 
@@ -46,8 +47,6 @@ _HALT_RETRY_SECONDS = 1.0
 _END_RETRY_SECONDS = 0.02
 #: Messages that touch no stream.
 _HARMLESS = frozenset({wire.Type.HELLO, wire.Type.PING})
-#: Messages with a number in their stream.
-_RECORDS = frozenset({wire.Type.CHUNK, wire.Type.RESET})
 
 
 class Engine:
@@ -122,6 +121,7 @@ class Engine:
         )
         #: ADMIN commands; its ``requests`` are the caller's to carry out and to answer.
         self.admin = Admin(self._outbox, self._moving.commands, process_commands)
+        self._states = States(self._lifecycle, self._versions, log)
         # in flight
         self._turns = self._versions.turns
 
@@ -168,6 +168,8 @@ class Engine:
                 self._on_other(header, payload, peer, now)
         except (Refused, Broken) as error:
             self._outbox.send_error(peer, header, error)
+        except JournalError:
+            raise  # a state that cannot be read: as with a tick, nothing can be gone on with
         except Exception:
             # A bug must not take the other streams down with it.
             self._stats.internal_errors += 1
@@ -180,7 +182,7 @@ class Engine:
 
         A client that is refused a record takes it for one that has never been accepted.
         """
-        if header.type not in _RECORDS:
+        if header.type not in wire.RECORDS:
             return False
         try:
             stream = self._streams.find(header, peer)
@@ -189,8 +191,8 @@ class Engine:
         return 0 < header.seq <= stream.accepted
 
     def _on_other(self, header: wire.Header, payload: wire.Buffer, peer: Peer, now: float) -> None:
-        if header.type == wire.Type.RESET:
-            self._on_reset(header, peer, now)
+        if header.type in wire.RECORDS:
+            self._on_state(header, payload, peer, now)
         elif header.type == wire.Type.OPEN:
             self._lifecycle.open(header, payload, peer, now)
         elif header.type == wire.Type.CLOSE:
@@ -216,15 +218,18 @@ class Engine:
         if _accept(stream, chunk, header):
             lane.scheduler.add(stream)
 
-    def _on_reset(self, header: wire.Header, peer: Peer, now: float) -> None:
-        peer.rights.demand("reset")
+    def _on_state(self, header: wire.Header, payload: wire.Buffer, peer: Peer, now: float) -> None:
+        """RESET and STATE: records that are carried out between chunks."""
+        kind = kind_of(header)
+        peer.rights.demand("reset" if kind is Kind.RESET else "state")
         stream = self._admit(header, peer, now)
         if stream is None:
             return
-        is_first = _accept(stream, Chunk(header.seq, header.generation + 1, now, steps=0), header)
-        stream.generation += 1
+        record = self._states.read(kind, header, payload, stream, peer, now)
+        is_first = _accept(stream, record, header)
+        self._states.accepted(stream, record)
         if is_first:
-            self._settle(stream)
+            self._settle(stream, now)
 
     def _admit(self, header: wire.Header, peer: Peer, now: float) -> Stream | None:
         """The stream whose next record this is; ``None`` for a duplicate, which is answered here."""
@@ -317,7 +322,7 @@ class Engine:
                 else:
                     self._answer_chunk(lane, stream, chunk, pieces)
                     finished.append(chunk.arrived)
-            self._settle(stream)
+            self._settle(stream, now)
         _count_tick(lane.stats, tick, finished, now)
         self._give_up([tick.rows[index] for index in spoiled], Code.POISONED)
 
@@ -347,7 +352,8 @@ class Engine:
 
     def _take_back(self, stream: Stream, parts: int, code: Code) -> None:
         """Undo what was run of a stream: so many of its records."""
-        # Whether the state that was saved last, which is taken from the journal again, is that of a fresh start.
+        # Whether the state that is taken from the journal again is that of a fresh start. One that was given right
+        # before is not there yet: it is noted with the stream, and a commit stands before the next tick.
         stream.fresh = stream.untouched = stream.untouched or stream.queue[0].fresh
         stream.lane.slots.drop(stream)
         why = "raised (the log says why)" if code is Code.FAILED else "gave NaN or infinity"
@@ -360,12 +366,11 @@ class Engine:
 
         None of them may have left a trace in the state, and the stream is not in line.
         """
-        queued, stream.queue = stream.queue, []
-        stream.lane.leave(len(queued), sum(chunk.data.nbytes for chunk in queued), stream.share)
+        queued = self._lifecycle.take_queue(stream)
         stream.accepted = stream.answered
         behind = Refused(Code.GAP, "a record before this one was refused", expected=stream.accepted + 1)
         for number, chunk in enumerate(queued):
-            stream.generation -= not chunk.steps
+            stream.generation -= chunk.starts_afresh
             if stream.peer is not None:
                 error = refusal if number < count else behind
                 self._outbox.send_error(stream.peer, header_of(stream, chunk), error)
@@ -386,21 +391,26 @@ class Engine:
         )
         self._answer(stream, chunk, (header, payload))
 
-    def _answer(self, stream: Stream, chunk: Chunk, record: wire.Record) -> None:
-        """Answer the oldest record of a stream, and keep the answer until it is acknowledged."""
+    def _answer(self, stream: Stream, chunk: Chunk, record: wire.Record, state: bytes | None = None) -> None:
+        """Answer the oldest record of a stream, and keep the answer until it is acknowledged.
+
+        ``state``: the stream's, where it is known.
+        """
         del stream.queue[0]
         stream.lane.leave(1, chunk.data.nbytes, stream.share)
         stream.answered = chunk.seq
         stream.answers.append((chunk.seq, chunk.generation, record))
         stream.lane.retain(len(record[1]), stream.share)
-        self._unsaved.note(stream)
+        self._unsaved.note(stream, state)
         if stream.peer is not None:
             self._outbox.send(stream.peer, record)
 
-    def _settle(self, stream: Stream) -> None:
-        """After an answer: carry out the resets whose turn it is, then wait in line, or close."""
+    def _settle(self, stream: Stream, now: float) -> None:
+        """After an answer: carry out what is no chunk and whose turn it is, then wait in line, or close."""
         while stream.queue and not stream.queue[0].steps:
-            self._carry_out_reset(stream, stream.queue[0])
+            record = stream.queue[0]
+            answer, state = self._states.carry_out(stream, record, now)
+            self._answer(stream, record, answer, state)
         if stream.queue:
             stream.lane.scheduler.add(stream)
         else:
@@ -412,20 +422,6 @@ class Engine:
             self._lifecycle.finish_close(stream)
         elif stream.lane.is_ending:
             self._lifecycle.end(stream, Code.RELOADED, "reloaded")
-
-    def _carry_out_reset(self, stream: Stream, reset: Chunk) -> None:
-        stream.fresh = stream.untouched = True
-        self._versions.renew(stream)
-        stream.lane.stats.resets += 1
-        header = wire.pack(
-            wire.Type.DONE,
-            flags=wire.Flag.FRESH,
-            generation=reset.generation,
-            handle=stream.handle,
-            seq=reset.seq,
-            ack=stream.accepted,
-        )
-        self._answer(stream, reset, (header, b""))
 
     # --- versions of models ---
 

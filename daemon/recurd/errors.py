@@ -69,6 +69,7 @@ class Code(IntEnum):
     TOO_LONG = 33
     NOT_FINITE = 34
     OUT_OF_RANGE = 35
+    STATE_MISMATCH = 36
     # the chunk's place
     GAP = 40
     STALE = 41

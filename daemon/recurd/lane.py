@@ -11,6 +11,7 @@ from recurd.arena import Device, Slots
 from recurd.config import Config, Limits
 from recurd.contract import Contract
 from recurd.errors import Code, Refused
+from recurd.layout import Layout
 from recurd.saving import Stamp
 from recurd.scheduler import Scheduler
 from recurd.stats import ModelStats
@@ -108,6 +109,11 @@ class Lane:
         self.result_width = sum(head.width for head in contract.heads)
         self._is_finite = _gives_finite(contract)
         self._heads = [(head.per == "step", head.width * np.dtype(head.dtype).itemsize) for head in contract.heads]
+        # states
+        self.layout = Layout(contract.state_hash, contract.states)
+        #: What a request for a state is counted as while it waits: the bytes of its answer. Takes no memory.
+        self.room_for_state = np.broadcast_to(np.uint8(0), self.layout.row_bytes)
+        self._take_states(contract)
 
     @property
     def stamp(self) -> Stamp:
@@ -128,6 +134,7 @@ class Lane:
         self.slots.change(device)
         self.contract = device.contract
         self._is_finite = _gives_finite(device.contract)
+        self._take_states(device.contract)
 
     @property
     def full(self) -> bool:
@@ -152,7 +159,7 @@ class Lane:
         ):
             raise room.refusal()
         wait_seconds = self.scheduler.wait_seconds(stream)
-        if size and wait_seconds > self._max_wait_seconds * (_FIRST_PATIENCE if is_first else 1):
+        if chunk.steps and wait_seconds > self._max_wait_seconds * (_FIRST_PATIENCE if is_first else 1):
             text = f"a chunk of this stream would wait {wait_seconds:.3g} s to be run"
             # Whoever comes again before half of it is done only takes time from those who wait.
             raise Refused(Code.BUSY, text, retry_after_seconds=max(wait_seconds / 2, room.retry_after_seconds))
@@ -205,6 +212,18 @@ class Lane:
             return Refused(Code.EMPTY, "a chunk has at least one step")
         return Refused(Code.TOO_LONG, f"a chunk has at most {self._max_steps} steps, this one {header.steps}")
 
+    def _take_states(self, contract: Contract) -> None:
+        #: The state of a stream at its fresh start.
+        self.initial_row = self.layout.join({state.name: state.initial_array() for state in contract.states})
+        self._states_are_finite = _has_finite_states(contract)
+
+    def read_state(self, payload: wire.Buffer) -> npt.NDArray[Any]:
+        """The row of a state that is given, as bytes. Raises :class:`Refused` for what the model cannot take."""
+        row = self.layout.unpack(payload)
+        if self._states_are_finite and not self.layout.is_finite(row):
+            raise Refused(Code.NOT_FINITE, "the state holds NaN or infinity")
+        return np.frombuffer(row, np.uint8)
+
     def spoiled(self, lengths: npt.NDArray[Any], outputs: list[npt.NDArray[Any]]) -> list[int]:
         """Rows of a tick whose results hold NaN or infinity; what stands beyond a row's length is not looked at."""
         if not self._is_finite or all(wire.all_finite(output) for output in outputs):
@@ -247,3 +266,11 @@ def _gives_finite(contract: Contract) -> bool:
         return False
     proof = contract.proof
     return proof is None or all(np.isfinite(output.array()).all() for output in proof.golden.outputs.values())
+
+
+def _has_finite_states(contract: Contract) -> bool:
+    """Whether NaN and infinity in a state mean that something is wrong: not where it has some by its nature."""
+    values = [state.initial_array() for state in contract.states]
+    if contract.proof is not None:
+        values += [state.array() for state in contract.proof.golden.states.values()]
+    return all(value.dtype.kind != "f" or np.isfinite(value).all() for value in values)

@@ -18,11 +18,13 @@ from recurd.lane import Lane, Room
 from recurd.peers import Outbox, Peer, Peers
 from recurd.saving import SavedAnswer, SavedStream, Unsaved, answer
 from recurd.stats import Stats
-from recurd.streams import Chunk, Redirect, Stream, Streams
+from recurd.streams import Chunk, Kind, Redirect, Stream, Streams
 from recurd.tenants import LOCAL, NOBODY, Tenant, Tenants
 
 if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
+
+_TYPES = {Kind.CHUNK: wire.Type.CHUNK, Kind.RESET: wire.Type.RESET}
 
 
 @dataclass(frozen=True)
@@ -191,6 +193,12 @@ class Lifecycle:
     def open(self, header: wire.Header, payload: wire.Buffer, peer: Peer, now: float) -> None:
         """OPEN: attach a stream to the peer, resumed or new. Raises :class:`Refused` or :class:`Broken`."""
         request = wire.decode_body(payload, wire.Open)
+        if self._streams.is_reserved(peer.tenant, request.stream):
+            raise Refused(
+                Code.BUSY,
+                f"stream '{request.stream}' is a clone that is still to be made",
+                retry_after_seconds=self._limits.busy_retry_seconds,
+            )
         stream = self._streams.named(peer.tenant, request.stream)
         lane = self._check_open(request, stream, peer.rights)
         if stream is not None and stream.lane.name != lane.name:
@@ -208,7 +216,10 @@ class Lifecycle:
             self.end(stream, Code.REPLACED, "replaced")
             stream = None
         if stream is None:
-            stream = self._start(request, lane, peer, now)
+            self.check_room(lane, peer.tenant)
+            idle_timeout = request.idle_timeout_seconds or lane.idle_seconds
+            stream = self._start(peer.tenant, request.stream, lane, idle_timeout, now)
+            self._unsaved.note(stream)
         stream.last_seen = now
         stream.lane.retain(-stream.acknowledge(header.ack), stream.share)
         self._attach(stream, peer)
@@ -265,6 +276,14 @@ class Lifecycle:
             raise Refused(Code.BAD_REQUEST, text)
         return lane
 
+    def _check_name(self, name: str) -> None:
+        size = len(name.encode("utf-8", "surrogatepass"))
+        if not 0 < size <= self._limits.name_bytes or not name.isprintable():
+            raise Refused(
+                Code.BAD_NAME,
+                f"a stream's name has 1 to {self._limits.name_bytes} bytes of UTF-8, all of them printable",
+            )
+
     def _check_resume(self, stream: Stream | None, request: wire.Open, peer: Peer) -> None:
         if stream is None:
             ending = self._streams.ending(peer.tenant, request.stream)
@@ -289,24 +308,68 @@ class Lifecycle:
             text = f"there is no room for the states of more than {lane.streams} streams of model '{lane.name}'"
             raise Refused(Code.NO_SLOTS, f"{text}: close streams, shorten the idle time-out or raise host_state_bytes")
 
-    def _start(self, request: wire.Open, lane: Lane, peer: Peer, now: float) -> Stream:
-        self.check_room(lane, peer.tenant)
-        ending = self._streams.ending(peer.tenant, request.stream)
+    def _start(self, tenant: str, name: str, lane: Lane, idle_timeout: float, now: float) -> Stream:
+        """A new stream; it still has to be noted as unsaved."""
+        ending = self._streams.ending(tenant, name)
         stream = self._streams.add(
-            tenant=peer.tenant,
-            name=request.stream,
+            tenant=tenant,
+            name=name,
             lane=lane,
             generation=1 if ending is None else ending.generation + 1,
-            idle_timeout=request.idle_timeout_seconds or lane.idle_seconds,
+            idle_timeout=idle_timeout,
             now=now,
         )
-        stream.share = self._tenants.share(peer.tenant, self._room)
-        self._unsaved.note(stream)
+        stream.share = self._tenants.share(tenant, self._room)
         lane.streams += 1
         self._stats.streams_opened += 1
         self._stats.streams["detached"] += 1
         self._log.debug("stream_opened", stream=stream.name, model=lane.name, generation=stream.generation)
         return stream
+
+    # --- clones ---
+
+    def check_clone(self, source: Stream, name: str, peer: Peer) -> None:
+        """Hold the clone of a stream against what may be opened. Raises :class:`Refused`."""
+        self.check_name(name)
+        peer.rights.demand_stream(name, source.lane.name)
+        if self._streams.named(peer.tenant, name) is not None or self._streams.is_reserved(peer.tenant, name):
+            raise Refused(Code.EXISTS, f"there is a stream '{name}' already")
+        self._check_moved(name, peer)
+        self.check_room(source.lane, peer.tenant)
+
+    def reserve(self, source: Stream, name: str) -> None:
+        """Keep name and room for a clone that waits for its turn. Nobody but its source knows of it until then."""
+        self._streams.reserve(source.tenant, name)
+        source.lane.streams += 1
+
+    def clone(self, source: Stream, name: str, state: bytes | None, now: float) -> None:
+        """Start the stream that was reserved, with the state of its source (``None``: the initial one)."""
+        self._release(source, name)
+        stream = self._start(source.tenant, name, source.lane, source.idle_timeout, now)
+        if state is not None:
+            stream.untouched = False
+            stream.lane.slots.put(stream, state)
+        self._unsaved.note(stream, state)
+        if stream.lane.is_ending:
+            self.end(stream, Code.RELOADED, "reloaded")
+        elif source.fence is not None:  # which leaves, and its clone with it
+            stream.fence = source.fence
+            source.fence.streams.append(stream)
+
+    def _release(self, source: Stream, name: str) -> None:
+        self._streams.release(source.tenant, name)
+        source.lane.streams -= 1
+
+    def take_queue(self, stream: Stream) -> list[Chunk]:
+        """The records of a stream that will never be carried out; it has none any more."""
+        queued, stream.queue = stream.queue, []
+        stream.lane.leave(len(queued), sum(chunk.data.nbytes for chunk in queued), stream.share)
+        for record in queued:
+            if record.kind is Kind.CLONE:
+                self._release(stream, name_of(record))
+        return queued
+
+    # --- ends ---
 
     def restore(self, handle: int, saved: SavedStream, answers: list[SavedAnswer], now: float) -> Stream:
         """See :meth:`recurd.engine.Engine.restore`."""
@@ -400,9 +463,7 @@ class Lifecycle:
         ended = self._streams.end(stream, code, redirect)
         self._unsaved.end(stream, ended)
         lane.retain(-sum(len(payload) for _, _, (_, payload) in stream.answers), stream.share)
-        queued, stream.queue = stream.queue, []
-        lane.leave(len(queued), sum(chunk.data.nbytes for chunk in queued), stream.share)
-        for chunk in queued:
+        for chunk in self.take_queue(stream):
             if stream.peer is not None:
                 self._outbox.send_error(stream.peer, header_of(stream, chunk), ended.error())
         self._answer_close(stream, ended.error())
@@ -459,9 +520,18 @@ def _is_given(routing_id: bytes) -> bool:
 
 def header_of(stream: Stream, chunk: Chunk) -> wire.Header:
     """The header a queued record came with, as far as an error about it repeats it."""
-    kind, generation = wire.Type.CHUNK, chunk.generation
-    if not chunk.steps:
-        kind, generation = wire.Type.RESET, generation - 1
     return wire.NO_HEADER._replace(
-        type=kind, flags=chunk.attempt, generation=generation, handle=stream.handle, seq=chunk.seq
+        type=_TYPES.get(chunk.kind, wire.Type.STATE),
+        flags=chunk.attempt,
+        generation=chunk.generation - chunk.starts_afresh,
+        handle=stream.handle,
+        seq=chunk.seq,
     )
+
+
+def name_of(record: Chunk) -> str:
+    """Name of the stream that a CLONE asks for. Raises :class:`Refused` (``bad_name``)."""
+    try:
+        return record.data.tobytes().decode()
+    except UnicodeDecodeError:
+        raise Refused(Code.BAD_NAME, "a stream's name is UTF-8") from None

@@ -106,6 +106,13 @@ class Collector(PrometheusCollector):
         for name, text, attribute in MODEL_HISTOGRAMS:
             histograms = {model: getattr(stats, attribute) for model, stats in models}
             yield _histogram(f"recurd_{name}", text, histograms)
+        operations = CounterMetricFamily(
+            "recurd_state_operations", "What clients did with whole states.", labels=["model", "operation"]
+        )
+        for model, stats in models:
+            for operation, count in stats.state_operations.items():
+                operations.add_metric([model, operation], count)
+        yield operations
         queued = GaugeMetricFamily("recurd_queued_chunks", "Chunks that wait for their run.", labels=["model"])
         slots = GaugeMetricFamily(
             "recurd_stream_slots",

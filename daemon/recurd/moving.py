@@ -326,7 +326,7 @@ class Moving:
         self._lifecycle.check_name(saved.name)
         stream = self._streams.named(saved.tenant, saved.name)
         other = self._streams.by_handle(parcel.handle)
-        if stream is None and other is None:
+        if stream is None and other is None and not self._streams.is_reserved(saved.tenant, saved.name):
             return
         what = f"there is a stream '{saved.name}' of tenant '{saved.tenant}' already"
         if stream is not other or stream is None or stream.lane.name != saved.model:
@@ -451,4 +451,4 @@ def _is_answer(parcel: Parcel, seq: int, header: bytes, payload: bytes) -> bool:
 
 
 #: What a record may have been answered with, and is kept for retries.
-_ANSWERS = frozenset({wire.Type.RESULT, wire.Type.DONE})
+_ANSWERS = frozenset(wire.ANSWERS.values())

@@ -21,7 +21,7 @@ _JOIN_BYTES = 256 * 1024
 
 
 #: Types of the messages whose errors may travel joined with answers; 0: an error about a stream, asked by nobody.
-_JOINED = frozenset({0, wire.Type.CHUNK, wire.Type.RESET})
+_JOINED = frozenset({0}) | wire.RECORDS
 
 
 class Peer:
@@ -129,7 +129,7 @@ class Outbox:
         self._waiting: list[Peer] = []
 
     def send(self, peer: Peer, record: wire.Record) -> None:
-        """Put out the answer to a CHUNK or RESET; it may travel joined with others."""
+        """Put out the answer to a record; it may travel joined with others."""
         if not peer.records and not peer.frames:
             self._waiting.append(peer)
         peer.records.append(record)

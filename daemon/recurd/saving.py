@@ -56,8 +56,8 @@ class SavedStream(msgspec.Struct, frozen=True, array_like=True):
     @classmethod
     def of(cls, stream: Stream, state: bytes | None) -> "SavedStream":
         """A stream as it stands now; ``state`` is ``None`` for one that stands at a fresh start (:func:`is_fresh`)."""
-        # Resets that wait in the queue have not happened yet.
-        resets = sum(not record.steps for record in stream.queue)
+        # Fresh starts that wait in the queue have not happened yet.
+        resets = sum(record.starts_afresh for record in stream.queue)
         return cls(
             stream.tenant,
             stream.name,
@@ -91,7 +91,7 @@ class ModelStamp(msgspec.Struct, frozen=True):
 
 
 def is_fresh(stream: Stream) -> bool:
-    """Whether a stream that is to be saved stands at a fresh start.
+    """Whether a stream that is to be saved, and whose state is not known, stands at a fresh start.
 
     One that is in the middle of a chunk came to be noted by its opening or a reset right before it, as a tick that
     finishes a chunk of a row takes no part of the next one.
@@ -104,6 +104,9 @@ class Saving:
     """What has changed since the last one."""
 
     streams: list[Stream]
+    #: By handle, the states that are known without asking where they are: of streams that were given one, or asked for
+    #: it, since their last chunk.
+    known: dict[int, bytes]
     #: Streams that have ended, and how; ``None``: nobody is to know of them.
     ended: list[tuple[Stream, Ended | None]]
 
@@ -115,31 +118,39 @@ class Unsaved:
         #: Whether anything is.
         self.durable = durable
         self._streams: dict[int, Stream] = {}
+        self._known: dict[int, bytes] = {}
         self._ended: list[tuple[Stream, Ended | None]] = []
 
-    def note(self, stream: Stream) -> None:
-        """A stream began, or a record of it was answered."""
+    def note(self, stream: Stream, state: bytes | None = None) -> None:
+        """A stream began, or a record of it was answered; ``state`` where it is known and not that of a fresh start."""
         if self.durable:
             self._streams[stream.handle] = stream
+            if state is not None:
+                self._known[stream.handle] = state
+            elif self._known:
+                self._known.pop(stream.handle, None)
 
     def end(self, stream: Stream, ended: Ended | None) -> None:
         """A stream ended."""
         if self.durable:
             self._streams.pop(stream.handle, None)
+            self._known.pop(stream.handle, None)
             self._ended.append((stream, ended))
 
     def take(self) -> Saving | None:
         """All of them; ``None`` when there are none. They stay noted until :meth:`saved`."""
         if not self._streams and not self._ended:
             return None
-        return Saving(list(self._streams.values()), self._ended)
+        return Saving(list(self._streams.values()), self._known, self._ended)
 
     def saved(self) -> None:
         """What was taken last stands in the journal; nothing was noted since."""
         for stream in self._streams.values():
             stream.forgotten = min(stream.acked, stream.saved)
             stream.saved = stream.answered
-        self._streams, self._ended = {}, []
+            if stream.state is not None:
+                stream.lane.slots.saved(stream)
+        self._streams, self._known, self._ended = {}, {}, []
 
 
 def new_answers(stream: Stream) -> list[SavedAnswer]:

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from recurd.errors import Code
+from recurd.wire import Operation
 
 #: Seconds. An LSTM's tick takes well below a millisecond, so the usual 5 ms for a start would show nothing.
 LATENCY_BOUNDS = (50e-6, 100e-6, 200e-6, 500e-6, 1e-3, 2e-3, 5e-3, 10e-3, 20e-3, 50e-3, 0.1, 0.2, 0.5, 1.0)
@@ -68,6 +69,8 @@ class ModelStats:
         self.chunks_processed = 0
         self.steps_processed = 0
         self.resets = 0
+        #: By operation of STATE, carried out.
+        self.state_operations = {operation.word: 0 for operation in Operation}
         self.ticks = 0
         self.ticks_failed = 0
         #: Steps the model ran only to square up ragged rows.

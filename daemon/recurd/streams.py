@@ -9,6 +9,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -30,20 +31,50 @@ _NO_DATA = np.zeros(0)
 _EXPIRY_SLACK = 64
 
 
-class Chunk:
-    """A numbered record in a stream's queue: a chunk of steps or, with no steps, a reset."""
+class Kind(IntEnum):
+    """What a numbered record is; those that are no chunks are carried out between chunks, and have no steps."""
 
-    __slots__ = ("arrived", "attempt", "data", "fresh", "generation", "outputs", "seq", "starts_by", "steps", "taken")
+    CHUNK = 0
+    GET = wire.Operation.GET
+    PUT = wire.Operation.PUT
+    RESET_TO = wire.Operation.RESET_TO
+    CLONE = wire.Operation.CLONE
+    RESET = 5
+
+
+class Chunk:
+    """A numbered record in a stream's queue: a chunk of steps or, with no steps, what its ``kind`` says."""
+
+    __slots__ = (
+        "arrived",
+        "attempt",
+        "data",
+        "fresh",
+        "generation",
+        "kind",
+        "outputs",
+        "seq",
+        "starts_by",
+        "steps",
+        "taken",
+    )
 
     def __init__(
-        self, seq: int, generation: int, arrived: float, steps: int, data: npt.NDArray[Any] = _NO_DATA
+        self,
+        seq: int,
+        generation: int,
+        arrived: float,
+        steps: int,
+        data: npt.NDArray[Any] = _NO_DATA,
+        kind: Kind = Kind.CHUNK,
     ) -> None:
         self.seq = seq
         self.generation = generation
         self.arrived = arrived
         self.steps = steps
-        #: All steps one after another, ``[steps * width]``.
+        #: All steps one after another, ``[steps * width]``; without steps what came, or its answer's bytes.
         self.data = data
+        self.kind = kind
         #: Attempt at which it was last sent, as its ERROR repeats it.
         self.attempt = 0
         #: When it is too late to start it.
@@ -54,6 +85,11 @@ class Chunk:
         self.fresh = False
         #: Outputs of the slices that have run, each a list by head; none while it runs whole, which is the rule.
         self.outputs: tuple[list[bytes], ...] = ()
+
+    @property
+    def starts_afresh(self) -> bool:
+        """Whether it makes the generation one higher."""
+        return self.kind in (Kind.RESET, Kind.RESET_TO)
 
 
 #: A retained answer, what a duplicate of a record gets again: seq, generation and the answer itself.
@@ -117,7 +153,7 @@ class Stream:
         self.running = False
         #: Whether the next step starts from the initial state.
         self.fresh = True
-        #: No step has been taken since the fresh start.
+        #: Since the fresh start no step has been taken, and no state given.
         self.untouched = True
         self.answers: list[Answer] = []
         # In the journal: seq up to which the answers are there, and up to which they are there no more.
@@ -182,12 +218,13 @@ class Stream:
                     raise self._stale(header)
                 flags = first[4] | wire.Flag.DUPLICATE
                 return first[:4] + bytes((flags,)) + first[5:], payload
-        kind, generation = wire.Type.RESULT, header.generation
-        if header.type == wire.Type.RESET:
-            kind, generation = wire.Type.DONE, generation + 1
-        flags = wire.Flag.DUPLICATE | wire.Flag.GONE
         return wire.pack(
-            kind, flags=flags, generation=generation, handle=self.handle, seq=header.seq, ack=self.accepted
+            wire.ANSWERS[wire.Type(header.type)],
+            flags=wire.Flag.DUPLICATE | wire.Flag.GONE,
+            generation=header.generation + wire.starts_afresh(header.type, header.flags),
+            handle=self.handle,
+            seq=header.seq,
+            ack=self.accepted,
         ), b""
 
 
@@ -247,6 +284,8 @@ class Streams:
         self._max_ended = max_ended
         self._by_handle: dict[int, Stream] = {}
         self._by_name: dict[tuple[str, str], Stream] = {}
+        #: Names that are taken for streams which are to begin later (clones); they count like streams.
+        self._reserved: set[tuple[str, str]] = set()
         self._per_tenant: dict[str, int] = {}
         # Each stream stands once in the heap, with a time not later than its expiry; looked at again when that comes.
         # Ended ones are swept out when they are more than the living.
@@ -258,8 +297,29 @@ class Streams:
         return len(self._by_handle)
 
     def count(self, tenant: str) -> int:
-        """Streams of a tenant."""
+        """Streams of a tenant, those to come included."""
         return self._per_tenant.get(tenant, 0)
+
+    def reserve(self, tenant: str, name: str) -> None:
+        """Keep a name, which is free, for a stream to come."""
+        self._reserved.add((tenant, name))
+        self._per_tenant[tenant] = self._per_tenant.get(tenant, 0) + 1
+
+    def release(self, tenant: str, name: str) -> None:
+        """A name that was reserved is free again."""
+        self._reserved.remove((tenant, name))
+        self._count_out(tenant)
+
+    def is_reserved(self, tenant: str, name: str) -> bool:
+        """Whether a name is kept for a stream to come."""
+        return (tenant, name) in self._reserved
+
+    def _count_out(self, tenant: str) -> None:
+        left = self._per_tenant[tenant] - 1
+        if left:
+            self._per_tenant[tenant] = left
+        else:
+            del self._per_tenant[tenant]
 
     def find(self, header: wire.Header, peer: "Peer") -> Stream:
         """The stream of a record from a peer. Raises :class:`Refused` or :class:`Broken` with why there is none."""
@@ -352,11 +412,7 @@ class Streams:
         """Forget a stream as if it had never been."""
         stream.ended = True
         del self._by_handle[stream.handle], self._by_name[stream.tenant, stream.name]
-        left = self._per_tenant[stream.tenant] - 1
-        if left:
-            self._per_tenant[stream.tenant] = left
-        else:
-            del self._per_tenant[stream.tenant]
+        self._count_out(stream.tenant)
         if len(self._expiry) > 2 * len(self._by_handle) + _EXPIRY_SLACK:
             self._expiry = [entry for entry in self._expiry if entry[1] in self._by_handle]
             heapq.heapify(self._expiry)

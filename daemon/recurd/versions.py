@@ -20,7 +20,7 @@ import msgspec
 from recurd.arena import Device, Store
 from recurd.lane import Lane
 from recurd.stats import ModelStats, Stats
-from recurd.streams import Stream, Streams
+from recurd.streams import Kind, Stream, Streams
 
 if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
@@ -119,6 +119,8 @@ class Versions:
         former, present = stream.lane, self.present.get(stream.lane.name)
         if not former.is_former or present is None or present.contract.form != former.contract.form:
             return False
+        if any(record.kind in (Kind.PUT, Kind.RESET_TO) for record in stream.queue):
+            return False  # to be given a state of the former version
         former.slots.drop(stream)
         former.streams -= 1
         present.streams += 1

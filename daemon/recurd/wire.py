@@ -6,7 +6,8 @@ little-endian, followed by ``size`` bytes of payload::
      0  magic       2 bytes  b"RC"
      2  version     u8       1
      3  type        u8       Type
-     4  flags       u8       Flag; of a record to the daemon, and its ERROR: the attempt in the high four bits
+     4  flags       u8       Flag; of a record to the daemon, and its ERROR: the attempt in the high four bits, of a
+                             STATE the Operation in the low four
      5  dtype       u8       Dtype of the payload (0: JSON or nothing)
      6  code        u16      errors.Code in an ERROR; in a CHUNK the milliseconds it may wait to be started, 0: for ever
      8  size        u32      payload bytes
@@ -14,11 +15,12 @@ little-endian, followed by ``size`` bytes of payload::
     16  width       u32      elements a step, all heads of a result together (ADMIN, REPORT: bytes behind the JSON)
     20  generation  u32      of the stream
     24  handle      u64      of the stream, from OPENED
-    32  seq         u64      number of the chunk or reset in its stream; in control messages a request id, echoed
+    32  seq         u64      number of the record in its stream; in control messages a request id, echoed
     40  ack         u64      to the daemon: results up to this seq have arrived; from it: the seq last accepted
 
 A MULTI carries many records in one frame: its payload is ``steps`` headers, one after another, then their payloads in
-the same order. Records of a MULTI are CHUNK and RESET (to the daemon), RESULT, DONE and ERROR (from it).
+the same order. Records of a MULTI are CHUNK, RESET and STATE (to the daemon), RESULT, DONE, STATE_OF and ERROR
+(from it).
 """
 
 import struct
@@ -77,6 +79,7 @@ class Type(IntEnum):
     MULTI = 0x04
     RESET = 0x05
     CLOSE = 0x06
+    STATE = 0x07
     PING = 0x08
     ADMIN = 0x09
     WELCOME = 0x81
@@ -84,19 +87,46 @@ class Type(IntEnum):
     RESULT = 0x83
     DONE = 0x85
     CLOSED = 0x86
+    STATE_OF = 0x87
     PONG = 0x88
     REPORT = 0x89
     ERROR = 0x8F
 
 
+#: Messages with a number in their stream, and what each is answered with.
+ANSWERS = {Type.CHUNK: Type.RESULT, Type.RESET: Type.DONE, Type.STATE: Type.STATE_OF}
+RECORDS = frozenset(ANSWERS)
 #: By type: whether it may stand in a MULTI.
-_JOINABLE = np.isin(np.arange(256), (Type.CHUNK, Type.RESET, Type.RESULT, Type.DONE, Type.ERROR))
+_JOINABLE = np.isin(np.arange(256), (*ANSWERS, *ANSWERS.values(), Type.ERROR))
+
+
+class Operation(IntEnum):
+    """What a STATE asks for: the low four bits of its flags."""
+
+    GET = 1
+    PUT = 2
+    RESET_TO = 3
+    CLONE = 4
+
+    @property
+    def word(self) -> str:
+        """The operation as it stands in metrics and log lines."""
+        return self.name.lower()
+
+
+#: The bits of a STATE's flags that hold its operation.
+OPERATION = 0x0F
+
+
+def starts_afresh(type: int, flags: int) -> bool:
+    """Whether a record makes its stream's generation one higher."""
+    return type == Type.RESET or (type == Type.STATE and flags & OPERATION == Operation.RESET_TO)
 
 
 class Flag(IntFlag):
-    """Flags of a RESULT or DONE."""
+    """Flags of a RESULT, DONE or STATE_OF."""
 
-    FRESH = 0x01  # the chunk started from the initial state
+    FRESH = 0x01  # the chunk started from the initial state; the state is the initial one
     DUPLICATE = 0x02  # answered before; this is the retained answer
     GONE = 0x04  # answered before and acknowledged since; the payload is no longer kept
 

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,17 +13,18 @@ import structlog
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dialogue import Caller, Desk, chunk, closing, opening, reset
+from dialogue import Caller, Desk, chunk, closing, opening, reset, state
 from recurd import wire
 from recurd.config import Config, override
 from recurd.durable import RETRY_SECONDS, Durable
 from recurd.errors import Code, JournalError
 from recurd.journal import Journal
+from recurd.layout import Layout
 from recurd.model import Model
 from recurd.saving import Saving, Stamp
 from recurd.streams import Streams
-from recurd.wire import Flag, Type
-from recurrent import Network
+from recurd.wire import Flag, Operation, Type
+from recurrent import Network, States
 
 PUMP = Network(layers=1, learned=True, counter=True)
 
@@ -202,7 +204,7 @@ def test_the_next_daemon_knows_how_streams_ended_and_forgets_the_oldest(model: M
             stream = streams.add(
                 tenant="local", name=f"s{number}", lane=cast(Any, None), generation=1, idle_timeout=1.0, now=0.0
             )
-            journal.commit(Saving([], [(stream, streams.end(stream, Code.CLOSED))]), {})
+            journal.commit(Saving([], {}, [(stream, streams.end(stream, Code.CLOSED))]), {})
         assert [(handle, ended.name) for handle, ended in journal.endings()] == [(3, "s2"), (4, "s3"), (5, "s4")]
 
 
@@ -227,13 +229,52 @@ def test_answers_that_were_acknowledged_do_not_pile_up(daemon: Daemon, tmp_path:
     )
 
 
+@dataclass(frozen=True)
+class Whole:
+    """A STATE record: what is given, or the name of a clone."""
+
+    operation: Operation
+    states: States | None = None
+    clone: str = ""
+
+    @property
+    def payload(self) -> bytes:
+        return self.clone.encode() if self.states is None else packed(self.states)
+
+
+def form() -> Layout:
+    contract = PUMP.contract(PUMP.model())
+    return Layout(contract.state_hash, contract.states)
+
+
+def packed(states: States) -> bytes:
+    return form().pack(form().join(states))
+
+
+def draw_states(seed: int) -> States:
+    random = np.random.default_rng(seed)
+    drawn = {name: random.uniform(-1, 1, value.shape).astype(value.dtype) for name, value in PUMP.initial().items()}
+    return drawn | {"count": random.integers(0, 99, 1)}
+
+
+def check_states(payload: bytes, states: States) -> None:
+    for name, found in form().split(form().unpack(payload)).items():
+        np.testing.assert_allclose(found, states[name], rtol=1e-4, atol=1e-5)
+
+
+#: A chunk, a reset, or something with the whole state.
+Record = np.ndarray | Whole | None
+
+
 class Client:
     """One stream's client as the protocol asks for: sends in order, and again what has no answer after a crash."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, origin: "tuple[Client, int] | None" = None) -> None:
+        """``origin``: whose clone it is, and after how many records."""
         self.name = name
+        self.origin = origin
         self.handle = 0
-        self.records: list[np.ndarray | None] = []
+        self.records: list[Record] = []
         self.generations = [1]
         self.results: dict[int, bytes] = {}
 
@@ -249,11 +290,12 @@ class Client:
             if seq not in self.results:
                 self.send(caller, seq)
 
-    def add(self, caller: Caller, record: np.ndarray | None) -> None:
+    def add(self, caller: Caller, record: Record) -> None:
         if len(self.records) - len(self.results) >= 8:
             return
         self.records.append(record)
-        self.generations.append(self.generations[-1] + (record is None))
+        is_new = record is None or (isinstance(record, Whole) and record.operation is Operation.RESET_TO)
+        self.generations.append(self.generations[-1] + is_new)
         self.send(caller, len(self.records))
 
     def send(self, caller: Caller, seq: int) -> None:
@@ -261,24 +303,36 @@ class Client:
         ack = next(seq for seq in range(len(self.records) + 1) if seq + 1 not in self.results)
         if record is None:
             caller.send(reset(self.handle, seq, generation=generation, ack=ack))
+        elif isinstance(record, Whole):
+            caller.send(state(self.handle, seq, record.operation, record.payload, generation=generation, ack=ack))
         else:
             caller.send(chunk(self.handle, seq, record, generation=generation, ack=ack))
 
     def check(self) -> None:
-        parts: list[np.ndarray] = []
-        for seq, record in enumerate(self.records, start=1):
+        self.states_after(len(self.records))
+
+    def states_after(self, count: int) -> States:
+        """What the state must be after so many records, all of whose answers are held against the truth."""
+        states = PUMP.initial() if self.origin is None else self.origin[0].states_after(self.origin[1])
+        for seq, record in enumerate(self.records[:count], start=1):
             if record is None:
-                parts = []
-                continue
-            parts.append(record)
-            found = np.frombuffer(self.results[seq], "<f4").reshape(len(record), -1)
-            np.testing.assert_allclose(found, expected(*parts)[-len(record) :], rtol=1e-4, atol=1e-5)
+                states = PUMP.initial()
+            elif not isinstance(record, Whole):
+                heads, states = PUMP.run(record, states)
+                found = np.frombuffer(self.results[seq], "<f4").reshape(len(record), -1)
+                np.testing.assert_allclose(found, heads["output"], rtol=1e-4, atol=1e-5)
+            elif record.operation is Operation.GET:
+                check_states(self.results[seq], states)
+            elif record.states is not None:
+                states = record.states
+        return states
 
 
 ACTIONS = st.lists(
     st.one_of(
-        st.tuples(st.just("chunk"), st.integers(0, 2), st.integers(1, 15)),
-        st.tuples(st.just("reset"), st.integers(0, 2)),
+        st.tuples(st.just("chunk"), st.integers(0, 5), st.integers(1, 15)),
+        st.tuples(st.just("reset"), st.integers(0, 5)),
+        st.tuples(st.just("whole"), st.integers(0, 5), st.sampled_from(list(Operation))),
         st.tuples(st.just("tick")),
         st.tuples(st.just("fail")),
         st.tuples(st.just("take")),
@@ -312,20 +366,37 @@ class World:
             client.open(self.caller, "new")
 
     def chunk(self, number: int, index: int, steps: int) -> None:
-        self.clients[index].add(self.caller, draw(number, steps))
+        self.of(index).add(self.caller, draw(number, steps))
 
     def reset(self, number: int, index: int) -> None:
-        self.clients[index].add(self.caller, None)
+        self.of(index).add(self.caller, None)
+
+    def whole(self, number: int, index: int, operation: Operation) -> None:
+        if operation is Operation.CLONE:
+            self.of(index).add(self.caller, Whole(operation, clone=f"clone {number}"))
+        else:
+            states = None if operation is Operation.GET else draw_states(number)
+            self.of(index).add(self.caller, Whole(operation, states))
+
+    def of(self, index: int) -> Client:
+        return self.clients[index % len(self.clients)]
 
     def tick(self, number: int) -> None:
         self.daemon.tick()
         self.daemon.durable.commit(self.daemon.now)
 
     def take(self, number: int) -> None:
+        cloned = []
         for reply in self.caller.take():
-            assert reply.type in (Type.RESULT, Type.DONE), reply
+            assert reply.type in (Type.RESULT, Type.DONE, Type.STATE_OF), reply
             client = next(c for c in self.clients if c.handle == reply.header.handle)
-            assert client.results.setdefault(reply.header.seq, reply.payload) == reply.payload
+            seq, record = reply.header.seq, client.records[reply.header.seq - 1]
+            if isinstance(record, Whole) and record.clone and seq not in client.results:
+                cloned.append(Client(record.clone, (client, seq)))
+            assert client.results.setdefault(seq, reply.payload) == reply.payload
+        for client in cloned:
+            client.open(self.caller, "resume")
+        self.clients += cloned
 
     def fail(self, number: int) -> None:
         """A run raises; its clients send again what was refused."""
@@ -352,8 +423,145 @@ class World:
         self.daemon.run()
         self.take(0)
         self.daemon.durable.close()
+        with Daemon(self.folder, self.model) as last:
+            caller = last.connect()
+            for client in self.clients:
+                client.open(caller, "resume")
+                client.add(caller, Whole(Operation.GET))
+                client.results[len(client.records)] = caller.take()[-1].payload
         for client in self.clients:
             client.check()
+
+
+# --- whole states ---
+
+
+def test_a_state_that_was_given_is_gone_back_to_when_the_next_chunk_fails_before_any_commit(daemon: Daemon) -> None:
+    """It was answered, and its answer leaves with the commit behind the run that fails."""
+    caller = daemon.connect()
+    first, second = caller.handle("a"), caller.handle("b")
+    caller.run(chunk(first, 1, draw(1, 3)))
+    caller.send(state(first, 2, Operation.PUT, packed(draw_states(1)), ack=1), chunk(first, 3, draw(2, 3), ack=1))
+    caller.send(state(second, 1, Operation.PUT, packed(draw_states(2))), reset(second, 2), chunk(second, 3, draw(3, 3)))
+    caller.send(chunk(second, 3, draw(3, 3), generation=2))
+    fail_next(daemon)
+    told = caller.take()
+    answers = caller.run(chunk(first, 3, draw(2, 3), ack=2), chunk(second, 3, draw(3, 3), generation=2, ack=2))
+
+    refused = [(r.header.handle, r.header.seq) for r in told if r.code == "run_failed"]
+    assert refused == [(first, 3), (second, 3)]
+    by_stream = {answer.header.handle: answer.output for answer in answers}
+    truth = PUMP.run(draw(2, 3), draw_states(1))[0]["output"]
+    np.testing.assert_allclose(by_stream[first], truth, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(by_stream[second], expected(draw(3, 3)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("operation", list(Operation))
+def test_what_was_done_with_a_state_stands_while_the_next_chunk_is_half_run(
+    model: Model, tmp_path: Path, operation: Operation
+) -> None:
+    """Its stream is saved in the middle of a chunk: with the state from before it, not with a fresh start."""
+    payload = {Operation.GET: b"", Operation.CLONE: b"t"}.get(operation) or packed(draw_states(1))
+    generation = 1 + (operation is Operation.RESET_TO)
+    with Daemon(tmp_path, model) as first:
+        caller = first.connect()
+        handle = caller.handle("s")
+        caller.run(chunk(handle, 1, draw(1, 3)))
+        caller.send(state(handle, 2, operation, b"" if operation is Operation.GET else payload, ack=1))
+        caller.send(chunk(handle, 3, draw(2, 20), generation=generation, ack=1))
+        first.tick()
+        first.sort()
+    with Daemon(tmp_path, model) as second:
+        caller = second.connect()
+        opened = caller.open("s", mode="resume")
+        caller.take()
+        caller.send(state(handle, 3, Operation.GET, generation=generation, ack=2))
+        (got,) = caller.take()
+
+    states = PUMP.run(draw(1, 3))[1] if operation in (Operation.GET, Operation.CLONE) else draw_states(1)
+    assert (opened.body["last_seq"], opened.body["generation"], opened.body["fresh"]) == (2, generation, False)
+    check_states(got.payload, states)
+
+
+def test_a_clone_stands_in_the_journal_with_its_answer_or_not_at_all(model: Model, tmp_path: Path) -> None:
+    clone = Whole(Operation.CLONE, clone="t")
+    with Daemon(tmp_path, model) as first:
+        caller = first.connect()
+        handle = caller.handle("s")
+        caller.send(chunk(handle, 1, draw(1, 9)), state(handle, 2, clone.operation, clone.payload))
+        first.tick()  # the first slice
+        first.sort()
+    with Daemon(tmp_path, model) as second:
+        caller = second.connect()
+        caller.open("s", mode="resume")
+        absent = caller.open("t", mode="resume")
+        answers = caller.run(chunk(handle, 1, draw(1, 9)), state(handle, 2, clone.operation, clone.payload))
+    with Daemon(tmp_path, model) as third:
+        caller = third.connect()
+        caller.open("s", mode="resume")
+        again = caller.ask(state(handle, 2, clone.operation, clone.payload))
+        opened = caller.open("t", mode="resume")
+        (result,) = caller.run(chunk(opened.header.handle, 1, draw(2, 4)))
+
+        assert third.restored == 2
+        assert third.stats.streams_opened == 0
+    assert absent.code == "unknown_stream"
+    assert [answer.type for answer in answers] == [Type.RESULT, Type.STATE_OF]
+    assert (again.type, again.flags) == (Type.STATE_OF, Flag.DUPLICATE)
+    assert (opened.body["last_seq"], opened.body["fresh"]) == (0, False)
+    np.testing.assert_allclose(result.output, expected(draw(1, 9), draw(2, 4))[9:], rtol=1e-4, atol=1e-5)
+
+
+def test_a_clone_that_is_taken_back_with_a_failed_run_can_be_asked_for_again(daemon: Daemon) -> None:
+    caller = daemon.connect()
+    handle = caller.handle("s")
+    caller.send(chunk(handle, 1, draw(1, 3)), state(handle, 2, Operation.CLONE, b"t"))
+    caller.send(state(handle, 3, Operation.RESET_TO, packed(draw_states(1))))
+    fail_next(daemon)
+    told = caller.take()
+    free = caller.open("t", mode="resume")
+    answers = caller.run(chunk(handle, 1, draw(1, 3)), state(handle, 2, Operation.CLONE, b"t"))
+    opened = caller.open("t", mode="resume")
+
+    assert [(r.header.seq, r.header.generation, r.code) for r in told] == [
+        (1, 1, "run_failed"), (2, 1, "gap"), (3, 1, "gap")
+    ]  # fmt: skip
+    assert free.code == "unknown_stream"
+    assert [answer.type for answer in answers] == [Type.RESULT, Type.STATE_OF]
+    assert opened.type == Type.OPENED
+
+
+def test_states_that_are_given_wait_in_memory_until_they_are_saved(daemon: Daemon) -> None:
+    caller = daemon.connect()
+    handles = [caller.handle(name) for name in "abc"]
+    caller.send(*[state(handle, 1, Operation.PUT, packed(draw_states(handle))) for handle in handles])
+    stats = daemon.stats.models["pump"]
+    before = stats.host_bytes
+    answers = caller.take()
+    after = stats.host_bytes
+    results = caller.run(*[chunk(handle, 2, draw(handle, 4), ack=1) for handle in handles])
+
+    assert (before, after) == (3 * daemon.models["pump"].row_bytes, 0)
+    assert {answer.type for answer in answers} == {Type.STATE_OF}
+    for result in results:
+        handle = result.header.handle
+        truth = PUMP.run(draw(handle, 4), draw_states(handle))[0]["output"]
+        np.testing.assert_allclose(result.output, truth, rtol=1e-4, atol=1e-5)
+
+
+def test_a_state_that_cannot_be_read_for_a_client_ends_the_daemon_as_it_does_for_a_tick(daemon: Daemon) -> None:
+    caller = daemon.connect()
+    handles = [caller.handle(f"s{number}") for number in range(5)]
+    for handle in handles:
+        caller.run(chunk(handle, 1, draw(1, 3)))
+
+    def fail(*_: Any) -> None:
+        raise JournalError("the journal is damaged: stream 1 does not match its checksum")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(daemon.durable._journal, "states", fail)
+        with pytest.raises(JournalError, match="is damaged"):
+            caller.send(state(handles[0], 2, Operation.GET, ack=1))
 
 
 # --- what is in the way ---

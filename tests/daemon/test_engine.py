@@ -393,7 +393,7 @@ def test_full_of_chunks_also_means_no_room_for_a_reset_and_no_harm_by_it(open_de
     assert caller.run(chunk(handle, 2, x))[0].flags == 0
 
 
-@pytest.mark.parametrize("type", [0, 7, 10, Type.WELCOME, Type.RESULT, Type.ERROR, 255])
+@pytest.mark.parametrize("type", [0, 10, Type.WELCOME, Type.RESULT, Type.ERROR, 255])
 def test_a_type_that_is_not_a_clients_is_unknown(open_desk: OpenDesk, type: int) -> None:
     assert open_desk().connect().ask(wire.pack(type, seq=5)).code == "unknown_type"
 

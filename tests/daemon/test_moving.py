@@ -7,13 +7,13 @@ import msgspec
 import numpy as np
 import pytest
 
-from dialogue import Desk, chunk, closing, opening, reset
+from dialogue import Desk, chunk, closing, opening, reset, state
 from moving import Operator
 from recurd.config import Config, override
 from recurd.fences import FENCE_SECONDS
 from recurd.model import Model
 from recurd.saving import Parcel
-from recurd.wire import Flag, Type
+from recurd.wire import Flag, Operation, Type
 from recurrent import Network
 
 PUMP = Network(layers=1, learned=True, counter=True)
@@ -377,3 +377,50 @@ def test_a_stream_that_is_leaving_does_not_expire(here: Desk) -> None:
     here.now += 6
     here.tick()
     assert names(here) == set()
+
+
+# --- whole states ---
+
+
+def test_answers_about_states_move_with_their_stream_and_a_clone_with_its_source(here: Desk, there: Desk) -> None:
+    caller, source = here.connect("c"), Operator(here)
+    handle = caller.handle("s")
+    caller.send(chunk(handle, 1, draw(1, 20)), state(handle, 2, Operation.GET), state(handle, 3, Operation.CLONE, b"t"))
+    here.tick()  # a part of the chunk
+    source.ask("gather", group="g", fence=True)
+    answers = caller.run()
+    assert caller.open("t", mode="resume").code == "busy"
+    move(here, there)
+
+    assert (names(here), names(there)) == (set(), {"s", "t"})
+    follower = there.connect("c")
+    follower.open("s", mode="resume", group="g")
+    again = follower.ask(state(handle, 2, Operation.GET))
+    clone = follower.open("t", mode="resume", group="g")
+    (result,) = follower.run(chunk(clone.header.handle, 1, draw(2, 3)))
+    assert (again.payload, again.flags) == (answers[1].payload, Flag.DUPLICATE)
+    whole = PUMP.run(np.concatenate([draw(1, 20), draw(2, 3)]))[0]["output"]
+    np.testing.assert_allclose(result.output, whole[20:], **CLOSE)
+
+
+def test_no_stream_arrives_under_the_name_of_a_clone_to_come(here: Desk, there: Desk) -> None:
+    caller, rival = here.connect("c"), there.connect("c")
+    caller.run(chunk(caller.handle("t"), 1, draw(1, 3)))
+    handle = rival.handle("s")
+    rival.send(chunk(handle, 1, draw(1, 20)), state(handle, 2, Operation.CLONE, b"t"))
+    report = Operator(here).ask("gather", group="g", fence=True)
+    parcels = Operator(here).export("g")
+    reply = Operator(there).reply("import", parcels, group="g", stamps=report["stamps"])
+
+    assert reply.code == "exists"
+    assert [reply.code for reply in rival.run()] == ["", ""]
+    assert names(there) == {"s", "t"}
+
+
+def test_a_clone_does_not_take_the_name_of_a_stream_that_has_moved(here: Desk, there: Desk) -> None:
+    caller, other = here.connect("c"), here.connect("d")
+    caller.handle("t")
+    move(here, there)
+    handle = other.handle("s")
+
+    assert other.ask(state(handle, 1, Operation.CLONE, b"t")).code == "moved"

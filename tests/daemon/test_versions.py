@@ -11,13 +11,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dialogue import Caller, Desk, Reply, Served, chunk, closing, opening, reset
+from dialogue import Caller, Desk, Reply, Served, chunk, closing, opening, reset, state
 from recurd import contract as contracts
 from recurd.config import Config, Limits, Tick
+from recurd.layout import Layout
 from recurd.model import Model
 from recurd.signature import Signature
-from recurd.wire import Flag, Type
-from recurrent import Array, Network
+from recurd.wire import Flag, Operation, Type
+from recurrent import Array, Network, States
 
 OLD = Network(learned=True, counter=True)
 NEW = Network(learned=True, counter=True, seed=8)
@@ -445,3 +446,61 @@ def test_a_model_that_is_served_no_more_keeps_its_streams_until_they_end(models:
     caller.run(closing(handle))
     assert caller.open("s").code == "unknown_model"
     assert caller.open("s", "wide").type == Type.OPENED
+
+
+# --- whole states ---
+
+
+def drawn_states(seed: int) -> States:
+    random = np.random.default_rng(seed)
+    states = {name: random.uniform(-1, 1, value.shape).astype(value.dtype) for name, value in OLD.initial().items()}
+    return states | {"count": random.integers(0, 99, 1)}
+
+
+def packed(model: Model, seed: int) -> bytes:
+    layout = Layout(model.contract.state_hash, model.contract.states)
+    return layout.pack(layout.join(drawn_states(seed)))
+
+
+def test_a_stream_that_waits_for_a_state_of_the_former_version_stays_there(models: dict[str, Model]) -> None:
+    """It was taken before the file was replaced; the reset in front of it would move the stream."""
+    desk = open_desk(models)
+    caller = desk.connect()
+    handle = caller.handle("s")
+    caller.send(chunk(handle, 1, draw(1)), reset(handle, 2))
+    caller.send(state(handle, 3, Operation.PUT, packed(models["old"], 1), generation=2))
+    replace(desk, models["new"])
+    caller.send(chunk(handle, 4, draw(2), generation=2))
+    desk.run()
+    first, done, put, second = answers(caller)
+    mismatch = caller.ask(state(handle, 5, Operation.PUT, packed(models["new"], 1), generation=2))
+    caller.run(reset(handle, 5, generation=2))
+    taken = caller.ask(state(handle, 6, Operation.PUT, packed(models["new"], 1), generation=3))
+
+    assert [reply.type for reply in (first, done, put)] == [Type.RESULT, Type.DONE, Type.STATE_OF]
+    np.testing.assert_allclose(second.output, OLD.run(draw(2), drawn_states(1))[0]["output"], **CLOSE)
+    assert (mismatch.code, taken.type) == ("state_mismatch", Type.STATE_OF)
+
+
+@pytest.mark.parametrize("incompatible", ["finish", "restart"])
+def test_a_clone_lives_and_ends_with_the_version_of_its_source(models: dict[str, Model], incompatible: str) -> None:
+    desk = open_desk(models)
+    caller = desk.connect()
+    handle = caller.handle("s")
+    caller.send(chunk(handle, 1, draw(1, 3)), state(handle, 2, Operation.CLONE, b"t"))
+    replace(desk, models["new"], incompatible)
+    desk.run()
+    told = [reply.code for reply in answers(caller)]
+    opened = caller.open("t", mode="resume")
+
+    if incompatible == "restart":
+        assert (told, opened.code) == (["", ""], "reloaded")
+        assert not desk.engine._versions.former
+        return
+    (result,) = caller.run(chunk(opened.header.handle, 1, draw(2)))
+    assert opened.body["contract"]["state_hash"] == models["old"].contract.state_hash
+    np.testing.assert_allclose(result.output, truth(OLD, draw(1, 3), draw(2))[3:], **CLOSE)
+    for name in (handle, opened.header.handle):
+        caller.run(closing(name))
+    desk.run()
+    assert not desk.engine._versions.former

@@ -94,7 +94,7 @@ def test_the_documents_error_codes_are_the_codes() -> None:
 
 
 def test_the_documents_message_types_are_the_types() -> None:
-    documented = dict(re.findall(r"^\| ([A-Z]+) \| ([0-9a-f]{2}) \|", PROTOCOL, re.MULTILINE))
+    documented = dict(re.findall(r"^\| ([A-Z_]+) \| ([0-9a-f]{2}) \|", PROTOCOL, re.MULTILINE))
 
     assert {name: int(code, 16) for name, code in documented.items()} == {t.name: int(t) for t in Type}
 

@@ -50,6 +50,14 @@ def reset(handle: int, seq: int, *, generation: int = 1, ack: int = 0) -> wire.R
     return wire.pack(Type.RESET, handle=handle, seq=seq, generation=generation, ack=ack), b""
 
 
+def state(
+    handle: int, seq: int, operation: int, payload: bytes = b"", *, generation: int = 1, ack: int = 0
+) -> wire.Record:
+    """A STATE; ``payload`` is what its operation takes."""
+    fields = {"handle": handle, "seq": seq, "generation": generation, "ack": ack}
+    return wire.pack(Type.STATE, flags=operation, size=len(payload), **fields), payload
+
+
 def closing(handle: int, *, seq: int = 0) -> bytes:
     return wire.pack(Type.CLOSE, handle=handle, seq=seq)
 
