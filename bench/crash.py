@@ -34,6 +34,7 @@ from recurd.contract import Contract
 from recurd.journal import Journal
 from recurd.model import Model
 from recurd.verify import Inputs
+from witness import Witness, result_bytes
 
 Array = npt.NDArray[Any]
 
@@ -237,22 +238,16 @@ class Killer(threading.Thread):
 def _compare(reference: Model, script: Script, answers: list[Any], stored: Any) -> Counter[str]:
     """Hold one stream's answers, and its state in the journal, against the model run alone."""
     counts: Counter[str] = Counter()
-    slots, fresh = np.zeros(1, np.int64), True
+    witness = Witness(reference)
     for seq, answer in enumerate(answers, start=1):
         x = script.record(seq)
         if x is None:
-            fresh = True
-            continue
-        heads = reference.run(slots, np.array([fresh]), np.array([len(x)], np.int32), np.ascontiguousarray(x[None]))
-        fresh = False
-        found = list(answer.values()) if isinstance(answer, dict) else [answer]
-        counts["wrong"] += any(
-            one[0].tobytes() != np.asarray(other).tobytes() for one, other in zip(heads, found, strict=True)
-        )
+            witness.reset()
+        else:
+            counts["wrong"] += witness.run(x) != result_bytes(answer)
     counts["lost"] += max(0, len(answers) - stored.seq)
     counts["doubled"] += max(0, stored.seq - len(answers))
-    state = None if fresh else reference.rows(slots)[0]
-    counts["state"] += stored.state != state
+    counts["state"] += stored.state != witness.state
     return counts
 
 
