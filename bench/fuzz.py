@@ -182,7 +182,10 @@ class Maker:
         if x.dtype == np.float32 and self.random.random() < 0.02:
             x.flat[0] = self.random.choice((np.nan, np.inf, 1e38))
         fields = {"handle": handle, "seq": seq, "generation": generation, "ack": ack, "steps": len(x)}
-        fields |= {"code": self.random.choice((0, 0, 0, 1, 20)), "flags": self.random.choice((0, 0x10, 0xFF))}
+        fields |= {
+            "code": self.random.choice((0, 0, 0, 0, 0, 0, 0, 20, 100, 100)),
+            "flags": self.random.choice((0, 0x10, 0xFF)),
+        }
         dtype = wire.DTYPES[x.dtype.name]
         data = x.tobytes()
         return wire.pack(Type.CHUNK, dtype=dtype, size=len(data), width=x[0].size, **fields), data
@@ -237,9 +240,9 @@ class Fuzz:
 
     def _start_witness(self) -> None:
         """Connect it, for the first time or after a silence that made the daemon forget its connection."""
-        self._send(b"witness", wire.frame(wire.control(Type.HELLO, wire.Hello(client="witness"))), tenant="witness")
+        self._send(b"\0witness", wire.frame(wire.control(Type.HELLO, wire.Hello(client="witness"))), tenant="witness")
         opening = wire.Open(stream="witness", model=self._name, mode="resume" if self._witness else "new")
-        self._send(b"witness", wire.frame(wire.control(Type.OPEN, opening)), tenant="witness")
+        self._send(b"\0witness", wire.frame(wire.control(Type.OPEN, opening)), tenant="witness")
         self._witness = wire.decode(self._take()[-1][1])[0].handle
 
     def _send(self, routing_id: bytes, frame: bytes, tenant: str) -> None:
@@ -254,11 +257,11 @@ class Fuzz:
             for _ in range(min(BURST, frames - number)):
                 peer = self._maker.random.randrange(CONNECTIONS)
                 self._now += 0.001
-                self._send(b"peer%d" % peer, self._maker.frame(peer), tenant=f"t{peer % TENANTS}")
+                self._send(b"\0peer%d" % peer, self._maker.frame(peer), tenant=f"t{peer % TENANTS}")
             self._run_and_read()  # so that there is room for the witness
             self._look_at_witness()
             if self._maker.random.random() < 0.02:
-                self._engine.disconnected(b"peer%d" % self._maker.random.randrange(CONNECTIONS))
+                self._engine.disconnected(b"\0peer%d" % self._maker.random.randrange(CONNECTIONS))
             if self._maker.random.random() < 0.005:
                 self._now += self._maker.random.choice((100, 10_000))
                 self._run_and_read()
@@ -282,7 +285,7 @@ class Fuzz:
             seq=self._witness_seq,
             ack=self._witness_seq - 1,
         )
-        self._send(b"witness", header + data, tenant="witness")
+        self._send(b"\0witness", header + data, tenant="witness")
         found = self._run_and_read()
         self.wrong_witness += found != [self._alone.run(x)]
 
@@ -297,16 +300,16 @@ class Fuzz:
             records = wire.decode_multi(header, payload) if header.type == Type.MULTI else [(header, payload)]
             for one, part in records:
                 self._learn(routing_id, one, bytes(part))
-                if routing_id == b"witness":
+                if routing_id == b"\0witness":
                     found.append(bytes(part))
         return found
 
     def _learn(self, routing_id: bytes, header: wire.Header, payload: bytes) -> None:
         word = Code(header.code).word if header.type == Type.ERROR else Type(header.type).name
         self.answers[word] += 1
-        if routing_id == b"witness":
+        if routing_id == b"\0witness":
             return
-        peer = int(routing_id.removeprefix(b"peer"))
+        peer = int(routing_id.removeprefix(b"\0peer"))
         known = self._maker.known[peer]
         if word == "OPENED":
             opened = msgspec.json.decode(payload, type=wire.Opened)
@@ -336,8 +339,8 @@ class Fuzz:
     def _end(self) -> None:
         """Everybody goes; after the idle time-out nothing is left."""
         for peer in range(CONNECTIONS):
-            self._engine.disconnected(b"peer%d" % peer)
-        self._engine.disconnected(b"witness")
+            self._engine.disconnected(b"\0peer%d" % peer)
+        self._engine.disconnected(b"\0witness")
         self._now += 10 * self._config.timeouts.stream_idle_seconds
         self._run_and_read()
         engine = self._engine

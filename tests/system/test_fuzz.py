@@ -22,5 +22,5 @@ def test_no_frame_troubles_the_engine_or_a_stream_beside_it(tmp_path: Path, netw
 
     assert done.returncode == 0, done.stdout + done.stderr
     outcome = json.loads(done.stdout)
-    assert outcome["answers"]["RESULT"] > 1000  # it is not only refused
-    assert {"gap", "busy", "bad_frame", "closed", "DONE"} <= outcome["answers"].keys()
+    assert outcome["answers"]["RESULT"] > 500  # it is not only refused
+    assert {"gap", "busy", "bad_frame", "closed", "late", "DONE"} <= outcome["answers"].keys()
