@@ -258,7 +258,7 @@ class Client(Connection):
     # --- the background thread ---
 
     def _run(self) -> None:
-        link = Link(self.endpoint, self._session, credentials=self._credentials)
+        link = Link(self._endpoint, self._session, credentials=self._credentials)
         error: RecurdError = Unanswered(CLOSED)
         try:
             while not self._closing:

@@ -116,10 +116,16 @@ class Connection:
 
     def __init__(self, endpoint: str, token: Any, now: float, timeout_seconds: float, queue_limit: int) -> None:
         check_endpoint(endpoint)
-        self.endpoint = endpoint
+        self._endpoint = endpoint
         self._session = Session(token, now)
         self._timeout_seconds = timeout_seconds
         self._queue_limit = queue_limit
+
+    @property
+    def endpoint(self) -> str:
+        """The daemon's address: as it was given, or where the daemon there has sent us on to (``moved``)."""
+        redirect = self._session.redirect
+        return self._endpoint if redirect is None or redirect.endpoint is None else redirect.endpoint
 
     @property
     def server(self) -> wire.Welcome:

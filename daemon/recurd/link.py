@@ -52,7 +52,7 @@ class Link:
         credentials: Credentials | None = None,
     ) -> None:
         """``watch`` is told which file descriptors to wait for: none before sockets are closed, theirs when made."""
-        self.endpoint = endpoint
+        self._endpoint = self._connected_to = endpoint
         self._session = session
         self._options = _OPTIONS if credentials is None else _OPTIONS | credentials.options()
         self._credentials = credentials
@@ -61,6 +61,12 @@ class Link:
         self._socket: zmq.Socket[bytes] | None = None
         self._monitor: zmq.Socket[bytes] | None = None
         self._outbox: deque[bytes] = deque()
+
+    @property
+    def endpoint(self) -> str:
+        """Where the daemon is: as it was given, or where the one there has sent us on to."""
+        redirect = self._session.redirect
+        return self._endpoint if redirect is None or redirect.endpoint is None else redirect.endpoint
 
     @property
     def watched(self) -> list[tuple[zmq.Socket[bytes], int]]:
@@ -102,7 +108,7 @@ class Link:
             socket.close()
             self._session.end(RecurdError(f"'{self.endpoint}' cannot be connected to: {error.strerror}"))
             return
-        self._socket, self._monitor = socket, monitor
+        self._socket, self._monitor, self._connected_to = socket, monitor, self.endpoint
         self._session.connected(now)
         self._watch([socket.fileno(), monitor.fileno()])
 
@@ -116,7 +122,7 @@ class Link:
             monitor.close()
             socket.close()
             if self._session.error is None:
-                _log.info("connection to %s lost; making a new one", self.endpoint)
+                _log.info("connection to %s lost; making one to %s", self._connected_to, self.endpoint)
 
     def _is_lost(self) -> bool:
         lost = False

@@ -42,6 +42,10 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     #: Pause before a connection is made anew: the first, and the longest it doubles to while none holds.
     reconnect_seconds: float = 0.05
     max_reconnect_seconds: float = 1.0
+    #: How often a stream is followed from one daemon to another before one of them has it.
+    redirects: int = 8
+    #: How long a stream that we had is waited for at the daemon that we were sent to.
+    follow_seconds: float = 30.0
 
 
 class _State(Enum):
@@ -75,6 +79,8 @@ class Session:
         self._welcome_tokens = [token]
         self._last_request_id = 0
         # connections
+        #: Where a daemon has sent us on to; ``None``: nowhere, so far.
+        self.redirect: Refused | None = None
         self.connections = 0
         self._state = _State.IDLE
         self._connect_at = now
@@ -206,7 +212,8 @@ class Session:
         elif writer.phase is Phase.DETACHED:
             request_id = self._request_id()
             self._requests[request_id] = writer
-            self._control.append(writer.open_frame(request_id, now))
+            group = None if self.redirect is None else self.redirect.group
+            self._control.append(writer.open_frame(request_id, now, group))
         else:
             records.extend(writer.records_to_send(now))
             if writer.close_is_due:
@@ -380,6 +387,8 @@ class Session:
             self._hello_refused(error, now)
         elif error.code is Code.HELLO_REQUIRED:
             self.disconnected(now)
+        elif isinstance(error, Refused) and error.endpoint is not None:
+            self._moved(header, error, now)
         elif body.in_reply_to in (wire.Type.CHUNK, wire.Type.RESET):
             if writer := self._by_handle.get(header.handle):
                 writer.refused(header.seq, header.flags & wire.ATTEMPT, error, now)
@@ -390,6 +399,22 @@ class Session:
             self._settle(writer)
         elif body.in_reply_to != wire.Type.PING:
             self.disconnected(now)  # a frame of ours was not understood: what stood in it will not be answered
+
+    def _moved(self, header: wire.Header, error: Refused, now: float) -> None:
+        """A stream is served by another daemon: go there, with all streams. Those of a connection move together."""
+        if not self.is_connected:
+            return  # it was told for another stream just before
+        writer = self._by_handle.get(header.handle) if header.handle else self._requests.get(header.seq)
+        if writer is not None and not writer.follows(self.limits.redirects):
+            self._requests.pop(header.seq, None)
+            writer.end(error)
+            self._settle(writer)
+            return
+        self.redirect = error
+        self.disconnected(now)
+        self._connect_at = now
+        for one in self._writers.values():
+            one.awaited_until = now + self.limits.follow_seconds
 
     def _hello_refused(self, error: Refused | Broken, now: float) -> None:
         if isinstance(error, Refused) and error.code in _HELLO_AGAIN:
@@ -408,4 +433,12 @@ def _error(header: wire.Header, body: wire.Error) -> Refused | Broken:
         text = f"{body.text} ({body.code})"
     if code in BREAKING:
         return Broken(code, text, generation=body.generation, last_seq=body.last_seq)
-    return Refused(code, text, expected=body.expected, retry_after_seconds=body.retry_after_seconds)
+    return Refused(
+        code,
+        text,
+        expected=body.expected,
+        retry_after_seconds=body.retry_after_seconds,
+        endpoint=body.endpoint,
+        server_key=body.server_key,
+        group=body.group,
+    )

@@ -74,6 +74,10 @@ class Writer:
         self._opens_lost = 0
         self._reopened = False
         self._closing = False
+        #: Times it was sent to another daemon since one had it.
+        self._redirects = 0
+        #: Until when a daemon that does not know it is asked again: it is on its way there.
+        self.awaited_until = 0.0
         # of the wait for an answer
         self.retry_at = 0.0
         #: When the first of its records that wait will be late, as far as was looked for.
@@ -131,11 +135,19 @@ class Writer:
         self.detach()
         self._reopened = False
 
-    def open_frame(self, request_id: int, now: float) -> bytes:
-        """The OPEN for this connection: the user's own until it was answered once, then one that only resumes."""
+    def follows(self, redirects: int) -> bool:
+        """Whether it is to be followed to another daemon once more: not, when they send it back and forth."""
+        self._redirects += 1
+        return self._redirects <= redirects
+
+    def open_frame(self, request_id: int, now: float, group: str | None = None) -> bytes:
+        """The OPEN for this connection: the user's own until it was answered once, then one that only resumes.
+
+        ``group``: what the daemon said that has sent us here.
+        """
         self.phase = Phase.OPENING
         self.progress_at = now
-        request = self._request
+        request = msgspec.structs.replace(self._request, group=group)
         if self.is_open:
             request = msgspec.structs.replace(request, mode="resume", generation=self.backlog.generation)
         body = msgspec.json.encode(request)
@@ -150,6 +162,7 @@ class Writer:
             self.end(trouble)
             return
         self.phase = Phase.ATTACHED
+        self._redirects = 0
         self.signature, self.handle, self.max_chunk_steps = signature, header.handle, body.max_chunk_steps
         self._credit = self._window = body.credit
         self.progress_at = now
@@ -186,7 +199,11 @@ class Writer:
         self.phase = Phase.DETACHED
         if isinstance(error, Broken):
             self.end(error)
-        elif error.code in PASSING or (self.is_open and error.code in (Code.DRAINING, Code.INTERNAL)):
+        elif (
+            error.code in PASSING
+            or (self.is_open and error.code in (Code.DRAINING, Code.INTERNAL))
+            or (error.code is Code.UNKNOWN_STREAM and now < self.awaited_until)
+        ):
             self._wait(error, now)
         else:
             self.end(self._not_resumed(error) if self.is_open else error)

@@ -1071,3 +1071,84 @@ def test_a_stream_of_a_former_version_is_read_by_its_own_contract(pair: Pair) ->
 
     assert writer.signature is not None
     assert writer.signature.width == 3
+
+
+# --- sent on to another daemon ---
+
+
+def move(pair: Pair, *handles: int, to: str = "tcp://b:1", kind: int = 0, seq: int = 0) -> None:
+    """The daemon says that these streams are elsewhere; another one, which has them, is connected to next."""
+    body = wire.Error(code="moved", text="no", in_reply_to=kind, endpoint=to, group=f"to {to}")
+    for handle in handles:
+        record = wire.control(wire.Type.ERROR, body, code=Code.MOVED, handle=handle, seq=seq)
+        pair.daemon.replies.append((pair.peer, wire.frame(record)))
+    pair.deliver_down()
+
+
+def test_a_client_goes_where_its_streams_are_with_all_of_them_and_sends_again_what_was_not_answered(pair: Pair) -> None:
+    writers = [pair.open(name) for name in "ab"]
+    pair.exchange()
+    for writer in writers:
+        for seq in (1, 2):
+            pair.push(writer, f"{writer.stream}{seq}", seq)
+    pair.lose()
+    pair.sent.clear()
+    move(pair, writers[0].handle, writers[1].handle)
+    assert pair.session.redirect is not None
+    assert pair.session.redirect.endpoint == "tcp://b:1"
+    assert pair.session.is_connected  # at once
+    pair.exchange()
+
+    opens = [h for h in pair.sent if h.type == wire.Type.OPEN]
+    assert len(opens) == 2
+    assert [(h.handle, h.seq) for h in pair.sent if h.type == wire.Type.CHUNK] == [
+        (writer.handle, seq) for writer in writers for seq in (1, 2)
+    ]
+    assert pair.totals("a1", "a2", "b1", "b2") == [[1], [3], [1], [3]]
+
+
+def test_an_open_that_follows_says_with_which_group_the_stream_left(pair: Pair, writer: Writer) -> None:
+    move(pair, writer.handle)
+    pair.deliver_up()
+    pair.deliver_down()
+    (frame,) = [frame for frame in pair.up if wire.decode(frame)[0].type == wire.Type.OPEN]
+    request = wire.decode_body(wire.decode(frame)[1], wire.Open)
+    assert (request.mode, request.group) == ("resume", "to tcp://b:1")
+
+
+def test_a_stream_that_is_sent_back_and_forth_ends_with_an_error(pair: Pair, writer: Writer) -> None:
+    pair.push(writer, "x", 1)
+    move(pair, writer.handle)
+    for number in range(20):
+        if writer.error is not None:
+            break
+        frames = [wire.decode(frame)[0].type for frame in pair.up]
+        pair.deliver_up(frames.index(wire.Type.HELLO) + 1)
+        pair.deliver_down()
+        opens = [header for header in pair.sent if header.type == wire.Type.OPEN]
+        pair.up.clear()
+        body = wire.Error(code="moved", text="no", in_reply_to=wire.Type.OPEN, endpoint=f"tcp://b:{number % 2 + 1}")
+        record = wire.control(wire.Type.ERROR, body, code=Code.MOVED, seq=opens[-1].seq)
+        pair.daemon.replies.append((pair.peer, wire.frame(record)))
+        pair.deliver_down()
+    assert isinstance(writer.error, Refused)
+    assert writer.error.code is Code.MOVED
+    assert number == Limits().redirects
+
+
+def test_a_stream_that_is_not_there_yet_is_waited_for_but_not_for_ever(pair: Pair, writer: Writer) -> None:
+    pair.daemon.refuse_opens = Code.UNKNOWN_STREAM
+    move(pair, writer.handle)
+    pair.exchange()
+    assert writer.error is None
+    pair.daemon.refuse_opens = None
+    pair.now += 1
+    pair.exchange()
+    assert writer.phase.value == "attached"
+
+    pair.daemon.refuse_opens = Code.UNKNOWN_STREAM
+    move(pair, writer.handle)
+    pair.exchange()
+    pair.pass_time(Limits().follow_seconds)
+    pair.exchange()
+    assert isinstance(writer.error, Broken)
