@@ -467,6 +467,8 @@ class Engine:
     def remember(self, handle: int, ended: Ended) -> None:
         """Know how a stream ended, out of the journal: who comes late is told."""
         self._streams.remember(handle, ended)
+        if ended.redirect is not None and ended.redirect.group is not None:
+            self._fences.remember(ended.redirect.group, "released")
 
     def to_save(self) -> Saving | None:
         """What changed since the last :meth:`saved`; nothing that was put out may be sent before it is saved."""

@@ -6,6 +6,7 @@
     │   ├── ContractError     a model file is missing, broken or has no contract (exit 65)
     │   ├── DeviceError       the device asked for cannot be had                (exit 69)
     │   ├── DeviceLost        the device has gone while it was used              (exit 71)
+    │   ├── StateFileError    a file of streams is not one, or cannot be written (exit 65)
     │   ├── AddressError      an address cannot be bound                        (exit 75)
     │   ├── AuthError         it cannot be made sure who may connect            (exit 77)
     │   │   └── KeyFileError  a key file is not good; raised by clients too
@@ -150,6 +151,12 @@ class AuthError(StartError):
 
 class KeyFileError(AuthError):
     """A key file is missing, unreadable, open to everybody, or damaged; the text names it. Raised by clients too."""
+
+
+class StateFileError(StartError):
+    """A file of streams cannot be read or written, or is not one."""
+
+    exit_code = ExitCode.CONTRACT
 
 
 class AddressError(StartError):

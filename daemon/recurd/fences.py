@@ -86,7 +86,11 @@ class Fences:
     def end(self, group: Group, fate: str) -> None:
         """Forget a group, and remember what became of it."""
         del self._groups[group.id]
-        self._fates[group.id] = fate
+        self.remember(group.id, fate)
+
+    def remember(self, id: str, fate: str) -> None:
+        """Note what became of a group that is not there, or not any more."""
+        self._fates[id] = fate
         while len(self._fates) > _MAX_FATES:
             self._fates.popitem(last=False)
 

@@ -12,7 +12,7 @@ import zmq
 from zmq.utils.monitor import parse_monitor_message
 
 from recurd.errors import Code, RecurdError, Refused
-from recurd.keys import Credentials
+from recurd.keys import Credentials, is_key
 from recurd.session import Session
 
 _log = logging.getLogger("recurd.client")
@@ -99,6 +99,9 @@ class Link:
         socket = self._context.socket(zmq.DEALER)
         for option, value in self._options.items():
             socket.setsockopt(option, value)
+        redirect = self._session.redirect
+        if self._credentials is not None and redirect is not None and is_key(redirect.server_key or ""):
+            socket.setsockopt(zmq.CURVE_SERVERKEY, (redirect.server_key or "").encode())
         monitor = socket.get_monitor_socket(_EVENTS)
         try:
             socket.connect(self.endpoint)

@@ -11,6 +11,8 @@ and hands them over there, group by group (:mod:`recurd.fences` has the stages):
     admit    they are this daemon's from now on
     drop     they are not
     redirect no stream is left here: send everybody on who asks for one
+    groups   which have arrived and are not decided about
+    fate     what became of a group
 
 Every command may be given twice.
 """
@@ -119,6 +121,7 @@ class Moving:
             "drop": self._drop,
             "redirect": self._redirect,
             "groups": self._groups,
+            "fate": self._fate,
         }
 
     # --- away from here ---
@@ -258,6 +261,10 @@ class Moving:
         """Groups that have arrived here, with the number of their streams."""
         return {"held": {group.id: sum(1 for _ in group.members()) for group in self._fences.held()}}, b""
 
+    def _fate(self, request: Request, now: float) -> tuple[Any, bytes]:
+        """What became of a group; asking changes nothing for it."""
+        return {"fate": self._fences.fate(request.read(_OfGroup).group)}, b""
+
     # --- to here ---
 
     def _import(self, request: Request, now: float) -> tuple[Any, bytes]:
@@ -281,7 +288,7 @@ class Moving:
         for parcel in parcels:
             self._take_in(parcel, group, now)
         for former in self._fences.held():
-            if not any(former.members()):
+            if former is not group and not any(former.members()):
                 self._fences.end(former, "dropped")  # all of it has come again
         return {"streams": len(parcels)}, b""
 

@@ -13,6 +13,7 @@ import zmq
 
 from recurd import __version__, wire
 from recurd.errors import Code, Refused, Unanswered
+from recurd.keys import Credentials
 
 #: How long to wait before asking again what was answered with ``busy``.
 _LEAST_PAUSE_SECONDS = 0.01
@@ -21,7 +22,7 @@ _LEAST_PAUSE_SECONDS = 0.01
 class Remote:
     """One DEALER socket to a daemon. A context manager; for one thread."""
 
-    def __init__(self, endpoint: str, timeout_seconds: float = 30.0) -> None:
+    def __init__(self, endpoint: str, timeout_seconds: float = 30.0, credentials: Credentials | None = None) -> None:
         """``timeout_seconds`` bounds every answer. Raises :class:`Unanswered` without a daemon, :class:`Refused`."""
         self.endpoint = endpoint
         self._timeout_seconds = timeout_seconds
@@ -30,6 +31,8 @@ class Remote:
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.SNDTIMEO, int(timeout_seconds * 1000))
+        for option, value in credentials.options().items() if credentials is not None else ():
+            self._socket.setsockopt(option, value)
         try:
             self._socket.connect(endpoint)
             self.welcome = self._greet()

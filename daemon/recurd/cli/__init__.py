@@ -37,6 +37,8 @@ COMMANDS = {
     "stream": Entry("recurd.cli.stream:stream", "gpu", "Send rows from a file or standard input, print predictions."),
     "bench": Entry("recurd.cli.bench:bench", "gpu", "Measure a daemon under load."),
     "keys": Entry("recurd.cli.keys:keys", "gpu", "Make keys for a daemon and for those who may connect to it."),
+    "state": Entry("recurd.cli.state:state", "gpu", "Copy streams of a running daemon into a file, and back."),
+    "drain": Entry("recurd.cli.drain:drain", "gpu", "Move all streams of a daemon to another, while clients go on."),
     "demo": Entry("recurd_export.demo:demo", "gpu,demo", "Train, export, serve and stream real sensor data."),
 }
 

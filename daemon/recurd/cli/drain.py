@@ -1,0 +1,89 @@
+"""``recurd drain``: move all streams of a daemon to another one."""
+
+import click
+import msgspec
+
+from recurd.cli.endpoint import check_keys, checked, with_keys
+from recurd.drain import Drain, Report, bar
+from recurd.errors import ExitCode, RecurdError, Unanswered
+from recurd.keys import read_credentials
+from recurd.remote import Remote
+
+EPILOG = """\b
+Examples:
+  recurd drain --to tcp://10.0.0.2:7070
+  recurd drain --endpoint tcp://10.0.0.1:7070 --to tcp://10.0.0.2:7070 --json
+  recurd drain --cancel                       take streams again, after all
+\b
+Run it while both daemons serve. Clients follow by themselves, so --to is the address as they reach it; nothing is lost
+and nothing runs twice. The daemon that is drained goes on running, without streams, and sends everybody on who comes:
+stop it when its clients know the other address. Ctrl-C stops between two groups of streams; run it again to go on.
+\b
+Exit codes: 0 all streams have moved, 1 not all of them (the sentence says why; each is served by one of the two),
+69 no daemon or no answer, 130 interrupted.
+"""
+
+
+@click.command(epilog=EPILOG)
+@click.option("--to", callback=checked, help="The daemon that takes the streams, at the address clients reach it by.")
+@click.option(
+    "--endpoint", default="tcp://127.0.0.1:7070", show_default=True, callback=checked, help="The daemon to be drained."
+)
+@with_keys
+@click.option("--to-server-key", help="Public key of the daemon that takes them, or its .key file.  [--server-key]")
+@click.option("--accept-drift", is_flag=True, help="Go on with other weights, another runtime or device there.")
+@click.option("--cancel", is_flag=True, help="Let a daemon that was drained take new streams again.")
+@click.option("--timeout", type=click.FloatRange(0, min_open=True), default=60.0, show_default=True, help="In seconds.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.pass_context
+def drain(
+    ctx: click.Context,
+    /,
+    to: str | None,
+    endpoint: str,
+    key: str | None,
+    server_key: str | None,
+    to_server_key: str | None,
+    accept_drift: bool,
+    cancel: bool,
+    timeout: float,
+    as_json: bool,
+) -> None:
+    """Move all streams of a running daemon to another one (--to), while clients go on.
+
+    It takes the right 'admin' on both.
+    """
+    check_keys(key, server_key)
+    if (to is None) != cancel:
+        raise click.UsageError("name the daemon that takes the streams with --to (or say --cancel, alone)")
+    credentials = read_credentials(key, server_key)
+    with Remote(endpoint, timeout, credentials) as source:
+        if to is None:
+            source.ask("redirect")
+            click.echo(f"{endpoint} takes new streams again")
+            return
+        theirs = read_credentials(key, to_server_key or server_key)
+        try:
+            with Remote(to, timeout, theirs) as target, bar("moving streams") as progress:
+                report = Drain(
+                    source,
+                    target,
+                    server_key=None if theirs is None else theirs.server,
+                    accept_drift=accept_drift,
+                    timeout_seconds=timeout,
+                    progress=progress,
+                ).run()
+        except RecurdError as error:
+            for line in (f"recurd: {error}", *getattr(error, "__notes__", ())):
+                click.echo(line, err=True)
+            ctx.exit(ExitCode.DEVICE if isinstance(error, Unanswered) else ExitCode.BUG)
+    click.echo(msgspec.json.encode(report).decode() if as_json else _sentence(report, to))
+
+
+def _sentence(report: Report, to: str) -> str:
+    if not report.streams:
+        return f"there was no stream; whoever asks for one is sent to {to} from now on"
+    return (
+        f"{report.streams:,} streams moved to {to} in {report.seconds:g} s, in {report.groups:,} groups; "
+        f"no stream paused for longer than {report.longest_pause_seconds * 1000:.3g} ms"
+    )

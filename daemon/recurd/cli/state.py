@@ -1,0 +1,138 @@
+"""``recurd state``: streams out of a running daemon into a file, and back."""
+
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import msgspec
+
+from recurd.cli.endpoint import check_keys, checked, with_keys
+from recurd.drain import bar, pages
+from recurd.keys import read_credentials
+from recurd.remote import Remote
+from recurd.saving import ModelStamp, Parcel
+
+EPILOG = """\b
+Examples:
+  recurd state export streams.safetensors
+  recurd state export pumps.safetensors --model pump --stream 'hall-3/*'
+  recurd state import pumps.safetensors --endpoint tcp://10.0.0.2:7070
+\b
+To move all streams of a daemon that is in use to another one, see 'recurd drain'.
+"""
+EXPORT_EPILOG = """\b
+Examples:
+  recurd state export streams.safetensors
+  recurd state export pumps.safetensors --model pump --stream 'hall-3/*' --tenant gateway-7
+\b
+Streams go on while they are copied: each stands in the file between two of its chunks, with the results that its
+client has not acknowledged. The file holds what streams have learned of their data: keep it as you keep the data.
+"""
+IMPORT_EPILOG = """\b
+Examples:
+  recurd state import streams.safetensors
+  recurd state import pumps.safetensors --endpoint tcp://10.0.0.2:7070
+\b
+All streams of the file, or none. A stream that is there already as it stands in the file stays; one of the same name
+that is not is an error. A client that had the stream resumes it there.
+\b
+Exit codes: 0 done, 1 the daemon does not take them, 65 not a file of streams, 69 no daemon or no answer.
+"""
+_ENDPOINT = click.option(
+    "--endpoint", default="tcp://127.0.0.1:7070", show_default=True, callback=checked, help="The daemon's address."
+)
+_TIMEOUT = click.option(
+    "--timeout", type=click.FloatRange(0, min_open=True), default=60.0, show_default=True, help="In seconds."
+)
+#: What a stream takes in a page besides its state and its answers.
+_MARGIN_BYTES = 65_536
+
+
+@click.group(epilog=EPILOG)
+def state() -> None:
+    """Streams and their states as a file. It takes the right 'admin'."""
+
+
+@state.command("export", epilog=EXPORT_EPILOG)
+@click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
+@click.option("--model", help="Only streams of this model.")
+@click.option("--stream", default="*", show_default=True, help="Only streams with names like this.")
+@click.option("--tenant", default="*", show_default=True, help="Only streams of tenants with names like this.")
+@_ENDPOINT
+@with_keys
+@_TIMEOUT
+def export(
+    file: Path,
+    model: str | None,
+    stream: str,
+    tenant: str,
+    endpoint: str,
+    key: str | None,
+    server_key: str | None,
+    timeout: float,
+) -> None:
+    """Copy streams of a running daemon into FILE (safetensors)."""
+    from recurd import statefile
+
+    check_keys(key, server_key)
+    id = secrets.token_hex(8)
+    with Remote(endpoint, timeout, read_credentials(key, server_key)) as daemon, bar("copying streams") as progress:
+        report, _ = daemon.ask("gather", group=id, model=model, stream=stream, tenant=tenant)
+        parcels: list[Parcel] = []
+        if report["streams"]:
+            for data in pages(daemon, id, daemon.welcome.max_message_bytes - _MARGIN_BYTES, timeout):
+                parcels += msgspec.msgpack.decode(data, type=list[Parcel])
+                progress(len(parcels), report["streams"])
+            daemon.ask("lift", group=id)
+        in_use = {(parcel.stream.model, parcel.state_hash) for parcel in parcels}
+        stamps = [one for one in msgspec.convert(report["stamps"], list[ModelStamp]) if _key(one) in in_use]
+    statefile.write(file, parcels, stamps)
+    click.echo(f"{len(parcels):,} streams in {file}")
+
+
+def _key(one: ModelStamp) -> tuple[str, str]:
+    return one.model, one.stamp.state_hash
+
+
+@state.command("import", epilog=IMPORT_EPILOG)
+@click.argument("file", type=click.Path(path_type=Path, dir_okay=False, exists=True))
+@click.option("--accept-drift", is_flag=True, help="Go on with other weights, another runtime or device.")
+@_ENDPOINT
+@with_keys
+@_TIMEOUT
+def import_(
+    file: Path, accept_drift: bool, endpoint: str, key: str | None, server_key: str | None, timeout: float
+) -> None:
+    """Give the streams of FILE to a running daemon."""
+    from recurd import statefile
+
+    check_keys(key, server_key)
+    parcels, stamps = statefile.read(file)
+    id = secrets.token_hex(8)
+    with Remote(endpoint, timeout, read_credentials(key, server_key)) as daemon, bar("giving streams") as progress:
+        try:
+            done = 0
+            for count, data in _packed(parcels, daemon.welcome.max_message_bytes - _MARGIN_BYTES):
+                daemon.ask("import", data, group=id, stamps=stamps, accept_drift=accept_drift, lasting=False)
+                done += count
+                progress(done, len(parcels))
+            daemon.ask("admit", group=id)
+        except BaseException:
+            daemon.ask("drop", group=id)
+            raise
+    click.echo(f"{len(parcels):,} streams given to {endpoint}")
+
+
+def _packed(parcels: list[Parcel], max_bytes: int) -> Iterator[tuple[int, bytes]]:
+    """Streams in messages of at most so many bytes (a larger one goes alone), and how many there are in each."""
+    page: list[msgspec.Raw] = []
+    size = 0
+    for parcel in parcels:
+        data = msgspec.msgpack.encode(parcel)
+        if page and size + len(data) > max_bytes:
+            yield len(page), msgspec.msgpack.encode(page)
+            page, size = [], 0
+        page.append(msgspec.Raw(data))
+        size += len(data)
+    yield len(page), msgspec.msgpack.encode(page)

@@ -1,0 +1,285 @@
+"""Two real daemons and clients that do not stop: streams go from one to the other, and nobody loses anything."""
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import recurd
+from process import Process, eventually
+from recurd.errors import Code, ExitCode, Refused
+from recurd.model import Model
+from recurd.remote import Remote
+from recurrent import Network
+
+PUMP = Network(layers=1, learned=True, counter=True)
+STREAMS, CONNECTIONS = 200, 4
+IN_FLIGHT = 3
+
+
+@pytest.fixture(scope="module")
+def pump(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return PUMP.save(tmp_path_factory.mktemp("models") / "pump.onnx", proof=True)
+
+
+@pytest.fixture
+def daemons(pump: Path, tmp_path: Path) -> Iterator[tuple[Process, Process]]:
+    with serve(pump, tmp_path / "a") as here, serve(pump, tmp_path / "b") as there:
+        here.ready()
+        there.ready()
+        yield here, there
+
+
+def serve(pump: Path, folder: Path, *flags: str) -> Process:
+    folder.mkdir(exist_ok=True)
+    return Process(folder, pump, "--bind", "tcp://127.0.0.1:*", "--metrics", "", *flags)
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "recurd", *arguments]
+
+
+def drain(here: str, there: str, *flags: str) -> subprocess.CompletedProcess[str]:
+    arguments = command("drain", "--endpoint", here, "--to", there, "--json", *flags)
+    return subprocess.run(arguments, capture_output=True, text=True, timeout=120, check=False)
+
+
+def chunk(name: str, seq: int) -> np.ndarray[Any, Any]:
+    draw = np.random.default_rng([*name.encode(), seq])
+    return PUMP.draw(int(draw.integers(1, 12)), draw)
+
+
+class Load(threading.Thread):
+    """One connection whose streams push without a pause; ``results`` by stream and in order."""
+
+    def __init__(self, endpoint: str, number: int, streams: int = STREAMS // CONNECTIONS) -> None:
+        super().__init__(daemon=True)
+        self._client = recurd.connect(endpoint, timeout_seconds=60)
+        self._streams = [self._client.open(f"c{number}-{index}", model="pump") for index in range(streams)]
+        self.results: dict[str, list[Any]] = {stream.name: [] for stream in self._streams}
+        self.done = threading.Event()
+        self.rounds = 0
+        self.error: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            while not self.done.is_set():
+                futures = []
+                for more in range(IN_FLIGHT):
+                    chunks = {s: chunk(s.name, len(self.results[s.name]) + more + 1) for s in self._streams}
+                    futures.append(self._client.submit_many(chunks))
+                for answers in futures:
+                    for stream, future in answers.items():
+                        self.results[stream.name].append(future.result(60))
+                self.rounds += 1
+        except BaseException as error:
+            self.error = error
+
+    @property
+    def endpoint(self) -> str:
+        return self._client.endpoint
+
+    def go_on(self, rounds: int = 2) -> None:
+        """Wait until some more chunks of every stream are answered."""
+        target = self.rounds + rounds
+        eventually(lambda: self.error is not None or self.rounds >= target)
+        if self.error is not None:
+            raise self.error
+
+    def stop(self) -> dict[str, list[Any]]:
+        self.done.set()
+        self.join(60)
+        self._client.close()
+        if self.error is not None:
+            raise self.error
+        return self.results
+
+
+def check(results: dict[str, list[Any]], saved: dict[str, Any], pump: Path) -> None:
+    """Every result, and every final state, is that of one pass over all the stream's chunks."""
+    model = Model.load(pump, slots=1, threads=1)
+    slot = np.zeros(1, np.int64)
+    for name, outputs in results.items():
+        assert saved[name].seq == len(outputs) > 0, name
+        for seq, output in enumerate(outputs, start=1):
+            x = chunk(name, seq)
+            (expected,) = model.run(slot, np.array([seq == 1]), np.array([len(x)], np.int32), x[None])
+            assert np.array_equal(expected[0], output), (name, seq)
+        assert saved[name].state == model.rows(slot)[0], name
+
+
+def streams_of(endpoint: str, folder: Path) -> dict[str, Any]:
+    """All streams of a daemon, as the command exports them."""
+    from recurd import statefile
+
+    file = folder / "streams.safetensors"
+    done = subprocess.run(command("state", "export", str(file), "--endpoint", endpoint), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    parcels, _ = statefile.read(file)
+    return {parcel.stream.name: parcel.stream for parcel in parcels}
+
+
+@pytest.fixture
+def loads(daemons: tuple[Process, Process]) -> Iterator[list[Load]]:
+    loads = [Load(daemons[0].endpoint, number) for number in range(CONNECTIONS)]
+    for load in loads:
+        load.start()
+    for load in loads:
+        load.go_on()
+    yield loads
+    for load in loads:
+        load.done.set()
+        load.join(60)
+        load._client.close()
+
+
+def finish(loads: list[Load]) -> dict[str, list[Any]]:
+    results: dict[str, list[Any]] = {}
+    for load in loads:
+        load.go_on()
+        results |= load.stop()
+    return results
+
+
+def test_clients_follow_two_hundred_streams_and_every_bit_is_as_if_nothing_had_happened(
+    daemons: tuple[Process, Process], loads: list[Load], pump: Path, tmp_path: Path
+) -> None:
+    here, there = daemons
+    with recurd.connect(here.endpoint) as client:
+        client.open("detached", model="pump").push(chunk("detached", 1))
+    done = drain(here.endpoint, there.endpoint)
+    assert done.returncode == 0, done.stderr + done.stdout
+    report = json.loads(done.stdout)
+    assert report["streams"] == STREAMS + 1
+    assert report["longest_pause_seconds"] < 10
+
+    results = finish(loads)
+    assert {load.endpoint for load in loads} == {there.endpoint}
+    saved = streams_of(there.endpoint, tmp_path)
+    assert saved.keys() == {*results, "detached"}
+    check(results, saved, pump)
+    assert streams_of(here.endpoint, tmp_path) == {}
+    with recurd.connect(here.endpoint) as client:  # whoever comes late, and whoever is new, is sent on
+        late = client.open("detached", model="pump")
+        assert (late.last_seq, client.endpoint) == (1, there.endpoint)
+        client.open("new", model="pump")
+    assert "new" in streams_of(there.endpoint, tmp_path)
+    assert here.stop(signal.SIGTERM) == 0
+
+
+def test_a_drain_that_is_killed_leaves_every_stream_open_once_and_a_second_one_ends_it(
+    daemons: tuple[Process, Process], loads: list[Load], pump: Path, tmp_path: Path
+) -> None:
+    here, there = daemons
+    for kill in range(4):
+        first = subprocess.Popen(command("drain", "--endpoint", here.endpoint, "--to", there.endpoint))
+        with Remote(there.endpoint) as remote:  # at some moment in the middle of a group
+            eventually(lambda: remote.ask("groups")[0]["held"] or first.poll() is not None)  # noqa: B023  # done here
+        first.kill()
+        first.wait()
+        if kill == 0:
+            for load in loads:
+                load.go_on()
+        for load in loads:
+            assert load.error is None, load.error
+    done = drain(here.endpoint, there.endpoint)
+    assert done.returncode == 0, done.stderr
+
+    results = finish(loads)
+    saved = streams_of(there.endpoint, tmp_path)
+    assert saved.keys() == results.keys()
+    check(results, saved, pump)
+    with Remote(there.endpoint) as remote:
+        assert remote.ask("groups")[0] == {"held": {}}
+
+
+def test_a_daemon_that_dies_while_it_takes_streams_takes_none_with_it(
+    daemons: tuple[Process, Process], pump: Path, tmp_path: Path
+) -> None:
+    here, there = daemons
+    load = Load(here.endpoint, 0)
+    load.start()
+    load.go_on()
+    first = subprocess.Popen(
+        command("drain", "--endpoint", here.endpoint, "--to", there.endpoint, "--timeout", "2"),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    there.process.send_signal(signal.SIGSTOP)  # so that it dies after it was connected to, and before it answers
+    there.process.kill()
+    assert first.communicate(timeout=60)[1].startswith("recurd: no answer from")
+    assert first.returncode == ExitCode.DEVICE
+    load.go_on()
+    assert load.endpoint == here.endpoint
+    with serve(pump, tmp_path / "c") as other:
+        other.ready()
+        assert drain(here.endpoint, other.endpoint).returncode == 0
+        load.go_on()
+        results = load.stop()
+        check(results, streams_of(other.endpoint, tmp_path), pump)
+
+
+def test_a_daemon_with_other_weights_gets_nothing_and_the_sentence_says_why(
+    daemons: tuple[Process, Process], tmp_path: Path
+) -> None:
+    here, _ = daemons
+    other = Network(layers=1, learned=True, counter=True, seed=5).save(tmp_path / "pump.onnx", proof=True)
+    with serve(other, tmp_path / "c") as there, recurd.connect(here.endpoint) as client:
+        there.ready()
+        stream = client.open("s", model="pump")
+        stream.push(chunk("s", 1))
+        done = drain(here.endpoint, there.endpoint)
+        assert done.returncode == ExitCode.BUG
+        assert "weights" in done.stderr
+        assert done.stderr.count("\n") == 1
+        stream.push(chunk("s", 2))
+        assert (client.endpoint, stream.last_seq) == (here.endpoint, 2)
+        assert drain(here.endpoint, there.endpoint, "--accept-drift").returncode == 0
+        stream.push(chunk("s", 3))
+        assert client.endpoint == there.endpoint
+    assert drain(here.endpoint, here.endpoint).returncode == ExitCode.BUG
+
+
+def test_streams_go_through_a_file_and_coming_twice_they_come_once(
+    daemons: tuple[Process, Process], tmp_path: Path
+) -> None:
+    here, there = daemons
+    file = tmp_path / "some.safetensors"
+    with recurd.connect(here.endpoint) as client:
+        outputs = {}
+        for name in ("hall-3", "hall-4", "other"):
+            stream = client.open(name, model="pump")
+            outputs[name] = [stream.push(chunk(name, 1))]
+        done = run("state", "export", str(file), "--stream", "hall-*", "--endpoint", here.endpoint)
+        assert (done.returncode, done.stdout) == (0, f"2 streams in {file}\n")
+        for _ in range(2):
+            done = run("state", "import", str(file), "--endpoint", there.endpoint)
+            assert (done.returncode, done.stdout) == (0, f"2 streams given to {there.endpoint}\n"), done.stderr
+    with recurd.connect(there.endpoint) as client:
+        for name in ("hall-3", "hall-4"):
+            stream = client.open(name, model="pump", mode="resume")
+            assert stream.last_seq == 1
+            outputs[name].append(stream.push(chunk(name, 2)))
+            whole = PUMP.run(np.concatenate([chunk(name, 1), chunk(name, 2)]))[0]["output"]
+            np.testing.assert_allclose(np.concatenate(outputs[name]), whole, rtol=1e-4, atol=1e-5)
+        with pytest.raises(Refused) as refused:
+            client.open("other", model="pump", mode="resume")
+        assert refused.value.code is Code.UNKNOWN_STREAM
+    done = run("state", "import", str(file), "--endpoint", there.endpoint)
+    assert done.returncode == ExitCode.BUG
+    assert "exists: there is a stream 'hall-3' of tenant 'local' already, at record 2, and 1 comes" in done.stderr
+
+    file.write_bytes(file.read_bytes()[:200])
+    done = run("state", "import", str(file), "--endpoint", there.endpoint)
+    assert (done.returncode, done.stderr.count("\n")) == (ExitCode.CONTRACT, 1)
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=60, check=False)
