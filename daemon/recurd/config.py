@@ -134,6 +134,13 @@ class Tenant(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     limits: TenantLimits = TenantLimits()
 
 
+class Reload(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What happens when the file of a model is replaced while streams run."""
+
+    #: Streams with states that the new file cannot go on with: ``finish`` on the former one, or ``restart``: they end.
+    incompatible: Literal["finish", "restart"] = "finish"
+
+
 class Log(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Log lines on standard error."""
 
@@ -168,6 +175,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     auth: Auth = Auth()
     #: By name.
     tenants: dict[str, Tenant] = {}
+    reload: Reload = Reload()
     log: Log = Log()
 
 

@@ -56,6 +56,10 @@ class Durable:
         """Let go of the journal."""
         self._journal.close()
 
+    def note_version(self, name: str, model: Model) -> None:
+        """Streams of this version of a model are saved from now on. Raises :class:`JournalError`."""
+        self._journal.note_version(name, model.stamp)
+
     def restore(self, now: float) -> int:
         """Give the engine all streams of the journal, and how others ended; how many streams there were.
 

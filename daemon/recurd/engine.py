@@ -448,6 +448,10 @@ class Engine:
         self._lifecycle.announce(name, False)
         return takeover
 
+    def end_former(self) -> int:
+        """End the streams that finish on former versions of models, as with ``restart``; how many there are."""
+        return self._versions.end_former()
+
     def _look_after_former(self) -> None:
         for stream in self._versions.due():
             if not (stream.untouched and self._versions.renew(stream)):

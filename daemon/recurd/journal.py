@@ -7,10 +7,10 @@ been told stands on disk, and what it was not told has not happened.
 ``process``: commits are in the page cache and survive the death of the process. ``power``: each is synced to the disk.
 
 The store is a folder with an LMDB environment of four tables: ``meta`` (format, and one
-:class:`~recurd.saving.Stamp` a model), ``streams`` (by handle), ``answers`` (by handle and seq) and ``endings`` (how
-streams ended, in that order, so that who comes late is told by the next daemon too). Every value starts with its
-CRC-32, because LMDB looks at nothing but its own pages' structure. ``python -m recurd.journal FOLDER`` reads a whole
-store and says what is wrong with it.
+:class:`~recurd.saving.Stamp` a version of a model), ``streams`` (by handle), ``answers`` (by handle and seq) and
+``endings`` (how streams ended, in that order, so that who comes late is told by the next daemon too). Every value
+starts with its CRC-32, because LMDB looks at nothing but its own pages' structure. ``python -m recurd.journal FOLDER``
+reads a whole store and says what is wrong with it.
 """
 
 import fcntl
@@ -98,11 +98,11 @@ class Journal:
         """
         drift = []
         with self._env.begin(write=True) as transaction:
-            in_use = {stream.model for _, stream in self._read_streams(transaction)}
-            for name in sorted(in_use):
+            in_use = {(stream.model, stream.version) for _, stream in self._read_streams(transaction)}
+            for name, version in sorted(in_use):
+                key = _stamp_key(name, version)
                 stored = msgspec.json.decode(
-                    _unpack(transaction.get(_STAMP_PREFIX + name.encode(), db=self._meta), f"model '{name}'"),
-                    type=Stamp,
+                    _unpack(transaction.get(key, db=self._meta), f"model '{name}'"), type=Stamp
                 )
                 difference = self._held_against(name, stored, stamps.get(name))
                 if difference is None:
@@ -113,10 +113,22 @@ class Journal:
                         f"results would differ, which --accept-drift takes in its stride"
                     )
                 drift.append(f"{name}: {difference}")
+                # Streams that do not run before the next start are not saved again, and held against the same stamp.
+                self._put_stamp(transaction, key, stamps[name])
             for name, stamp in stamps.items():
-                value = _pack(msgspec.json.encode(stamp))
-                transaction.put(_STAMP_PREFIX + name.encode(), value, db=self._meta)
+                self._put_stamp(transaction, _stamp_key(name, stamp.version), stamp)
         return drift
+
+    def note_version(self, name: str, stamp: Stamp) -> None:
+        """Streams of another version of a model are saved from now on. Raises :class:`JournalError`."""
+        try:
+            with self._env.begin(write=True) as transaction:
+                self._put_stamp(transaction, _stamp_key(name, stamp.version), stamp)
+        except lmdb.Error as error:
+            raise JournalError(f"{self._folder}: cannot be written: {_words(error)}") from error
+
+    def _put_stamp(self, transaction: Any, key: bytes, stamp: Stamp) -> None:
+        transaction.put(key, _pack(msgspec.json.encode(stamp)), db=self._meta)
 
     def _held_against(self, name: str, stored: Stamp, now: Stamp | None) -> str | None:
         if now is None:
@@ -246,6 +258,11 @@ class Journal:
 def _answer_value(answer: SavedAnswer) -> bytes:
     _, generation, header, payload = answer
     return _ANSWER_HEAD.pack(generation, len(header)) + header + payload
+
+
+def _stamp_key(name: str, version: str) -> bytes:
+    # A model's name has no characters that cannot be printed.
+    return _STAMP_PREFIX + f"{name}\0{version}".encode()
 
 
 def _pack(data: bytes) -> bytes:

@@ -12,14 +12,12 @@ from recurd.config import Config, Limits
 from recurd.contract import Contract
 from recurd.errors import Code, Refused
 from recurd.layout import Layout
-from recurd.saving import Stamp
+from recurd.saving import VERSION_DIGITS, Stamp
 from recurd.scheduler import Scheduler
 from recurd.stats import ModelStats
 from recurd.streams import Chunk, Stream
 from recurd.tenants import Share
 
-#: Digits of a state hash that name a version.
-VERSION_DIGITS = 16
 #: How much longer than others the only chunk of a stream may wait: a thousand streams that send at one moment are no
 #: overload.
 _FIRST_PATIENCE = 4

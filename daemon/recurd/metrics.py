@@ -133,6 +133,8 @@ class Collector(PrometheusCollector):
         yield _counter("recurd_refused", "Requests that were refused; the stream lives.", "code", refused)
         yield _counter("recurd_broken", "Answers that said a stream's state is lost.", "code", broken)
         yield _counter("recurd_streams_ended", "Streams whose state was dropped.", "reason", stats.streams_ended)
+        text = "Model files looked at by a reload, by what became of them."
+        yield _counter("recurd_reloads", text, "outcome", stats.reloads)
         text = "Messages that could not be sent: the connection's queue was full (again) or gone (unreachable)."
         yield _counter("recurd_send_failures", text, "reason", stats.send_failures)
         yield _gauge("recurd_streams", "Known streams, with a connection or without.", "state", stats.streams)

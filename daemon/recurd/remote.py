@@ -53,16 +53,18 @@ class Remote:
         self._socket.close()
         self._context.term()
 
-    def ask(self, command: str, data: wire.Buffer = b"", **keys: Any) -> tuple[dict[str, Any], memoryview]:
+    def ask(
+        self, command: str, data: wire.Buffer = b"", *, seconds: float | None = None, **keys: Any
+    ) -> tuple[dict[str, Any], memoryview]:
         """Have a command carried out: the REPORT's body, and the data behind it.
 
-        While the daemon is busy it is asked again, until the time-out.
+        While the daemon is busy it is asked again, until the time-out: ``seconds``, for what takes longer than others.
 
         Raises:
             Refused: the daemon did not do it; ``code`` says why.
             Unanswered: no answer in time; whether it was done is not known.
         """
-        end = time.monotonic() + self._timeout_seconds
+        end = time.monotonic() + (self._timeout_seconds if seconds is None else seconds)
         while True:
             number = next(self._numbers)
             record = wire.control_with_data(wire.Type.ADMIN, {"command": command} | keys, data, seq=number)

@@ -12,6 +12,8 @@ import msgspec
 from recurd import wire
 from recurd.streams import Ended, Stream
 
+#: Digits of a state hash that name a version of a model.
+VERSION_DIGITS = 16
 #: A retained answer: seq, generation, and the record's header and payload.
 SavedAnswer = tuple[int, int, bytes, bytes]
 
@@ -25,6 +27,11 @@ class Stamp(msgspec.Struct, frozen=True):
     layout: str
     runtime: str
     device: str
+
+    @property
+    def version(self) -> str:
+        """Name of the version: streams of another one cannot go on with its states."""
+        return self.state_hash[:VERSION_DIGITS]
 
     def difference(self, other: "Stamp") -> str | None:
         """The first thing in which a stored stamp differs from this one, in words."""
@@ -52,6 +59,8 @@ class SavedStream(msgspec.Struct, frozen=True, array_like=True):
     state: bytes | None
     #: The group it has arrived with from another daemon, as long as it is not handed over (recurd.fences).
     held: str = ""
+    #: Of the model that gave it its state (:attr:`Stamp.version`).
+    version: str = ""
 
     @classmethod
     def of(cls, stream: Stream, state: bytes | None) -> "SavedStream":
@@ -69,6 +78,7 @@ class SavedStream(msgspec.Struct, frozen=True, array_like=True):
             stream.idle_timeout,
             state,
             stream.fence.id if stream.fence is not None and stream.fence.is_held else "",
+            stream.lane.version,
         )
 
 

@@ -20,15 +20,18 @@ import numpy as np
 import zmq
 from msgspec import structs
 
-from recurd import auth, config, systemd, verify
+from recurd import auth, config, systemd
+from recurd.admin import Request
 from recurd.arena import Device
 from recurd.engine import Engine
-from recurd.errors import AddressError, ConfigError, DeviceLost, ExitCode, StartError
+from recurd.errors import AddressError, Code, ConfigError, DeviceLost, ExitCode, Refused, StartError
 from recurd.http import Application, Health, HttpServer, Phase
 from recurd.lifecycle import Identity
+from recurd.loading import Loaded, load
 from recurd.logs import open_log
 from recurd.metrics import Collector, ModelLabels, open_registry
-from recurd.model import Model, resolve_device
+from recurd.model import resolve_device
+from recurd.reload import Reload
 from recurd.stats import Stats
 from recurd.tenants import LOCAL, Tenants
 
@@ -39,6 +42,8 @@ if TYPE_CHECKING:
 
 #: Longest sleep of the loop: signals wake it, this bounds how late health and watchdog notice.
 _BEAT_SECONDS = 0.5
+#: What a thread sends that has something for the loop: the number of no signal.
+_WAKE = b"\0"
 #: How long the socket may go on sending answers after the loop has ended.
 _LINGER_MILLISECONDS = 1000
 
@@ -73,7 +78,7 @@ class Server:
         keys, users = auth.read(settings.auth, settings.tenants)
         self._tenants = Tenants(settings.tenants, users)
         self._health = Health(settings.timeouts.stall_seconds)
-        self._wakeup = stack.enter_context(_signals())
+        self._wakeup, waker = stack.enter_context(_signals())
         stats = Stats()
         device, trouble = resolve_device(settings.device)
         fallback = settings.device == "auto" and trouble is not None
@@ -82,11 +87,11 @@ class Server:
         # /healthz and /readyz answer while models are loaded.
         labels: dict[str, ModelLabels] = {}
         self._http = self._open_http(Collector(stats, labels, device_fallback=fallback), stack)
-        self._models, bit_exact = _load_models(settings, device, log)
-        for name, model in self._models.items():
-            labels[name] = ModelLabels(model.contract.version, model.device, model.contract.weights_sha256[:12])
-        named = (structs.replace(entry, name=name) for entry, name in zip(settings.models, self._models, strict=True))
-        settings = structs.replace(settings, models=tuple(named))
+        loaded = _load_models(settings, device, log)
+        labels |= {one.name: one.labels for one in loaded}
+        self._models = {one.name: one.model for one in loaded}
+        bit_exact = tuple(one.name for one in loaded if one.bit_exact)
+        settings = structs.replace(settings, models=tuple(one.entry for one in loaded))
         self._engine = Engine(
             settings,
             self._models,
@@ -97,6 +102,7 @@ class Server:
             clock=time.monotonic,
             log=log,
             tenants=self._tenants,
+            process_commands=("reload",),
         )
         self._stats = stats
         self._durable = None if settings.durability.mode == "off" else self._restore(stack)
@@ -105,6 +111,18 @@ class Server:
         self._socket, self.endpoints = _bind(context, settings, self._gate, stack)
         self._poller = self._open()
         self._unnamed = LOCAL if any(not _is_tcp(endpoint) for endpoint in self.endpoints) else ""
+        self._reload = Reload(
+            loaded,
+            device=device,
+            engine=self._engine,
+            durable=self._durable,
+            labels=labels,
+            stats=stats,
+            notifier=self._notifier,
+            wake=lambda: waker.send(_WAKE),
+            log=log,
+        )
+        stack.callback(self._reload.close)
         # shutdown
         self._stop_at: float | None = None
         # beat
@@ -155,6 +173,7 @@ class Server:
         while not self._stopped():
             self._wait()
             self._receive()
+            self._change()
             self._run_tick()
             self._commit()
             self._send()
@@ -209,6 +228,12 @@ class Server:
             # Only over ipc is nobody asked who it is.
             user = (auth.user_of(frames[-1]) if frames else "") or self._unnamed
             room -= receive(frames[0].bytes if len(frames) == 1 else b"", routing_id.bytes, now, user)
+
+    def _change(self) -> None:
+        """Between two ticks: what whoever runs the daemon asks for, and what has come of it."""
+        for request in self._engine.admin.requests():
+            self._read_again(request)
+        self._reload.turn()
 
     def _run_tick(self) -> None:
         tick = self._engine.take_tick(time.monotonic())
@@ -269,23 +294,33 @@ class Server:
         with suppress(BlockingIOError):  # none came
             numbers = self._wakeup.recv(64)
             if signal.SIGHUP in numbers:
-                self._reload()
-            if stops := numbers.replace(bytes([signal.SIGHUP]), b""):
+                self._read_again()
+            if stops := numbers.replace(bytes([signal.SIGHUP]), b"").replace(_WAKE, b""):
                 self._stop(stops)
 
-    def _reload(self) -> None:
-        """Take over what may change while serving: all of it, or nothing when something of it cannot be read."""
+    def _read_again(self, request: Request | None = None) -> None:
+        """Take over what may change while serving: all of it, or nothing when something of it cannot be read.
+
+        Tenants and their rights at once; models as soon as they are loaded, and then a ``request`` is answered.
+        """
         try:
             settings = self._read()
             users = self._read_users(settings)
         except StartError as error:
             self._log.error("reload_failed", reason=str(error))
+            if request is not None:
+                self._engine.admin.refuse(request, Refused(Code.BAD_REQUEST, str(error)))
             return
         self._tenants.change(settings.tenants, users)
         if self._gate is not None:
             self._gate.allowed = self._tenants.users
         self._engine.rights_changed()
-        self._log.info("reloaded")
+        self._log.info("configuration_read", taken="tenants, auth, models, reload")
+        try:
+            self._reload.ask(settings, request)
+        except Refused as refusal:
+            assert request is not None  # it was the request that could not be read
+            self._engine.admin.refuse(request, refusal)
 
     def _read_users(self, settings: config.Config) -> dict[str, str] | None:
         """Tenants by public key, as they are now. Raises :class:`StartError`."""
@@ -308,37 +343,28 @@ class Server:
         return self._stop_at is not None and (not self._engine.queued_chunks or time.monotonic() >= self._stop_at)
 
 
-def _load_models(
-    settings: config.Config, device: str, log: "FilteringBoundLogger"
-) -> tuple[dict[str, Model], tuple[str, ...]]:
-    """Load every model and replay its golden vectors, so that a wrong answer stops the start and not a customer.
-
-    The second result names those that are bit-exact.
-    """
-    models: dict[str, Model] = {}
-    bit_exact = []
+def _load_models(settings: config.Config, device: str, log: "FilteringBoundLogger") -> list[Loaded]:
+    """Load and verify every model."""
+    loaded: list[Loaded] = []
     for entry in settings.models:
-        begin = time.monotonic()
-        model = Model.load(entry.path, device=device, slots=entry.slots or settings.slots, threads=settings.threads)
-        name = entry.name or model.contract.name
-        if name in models:
-            raise ConfigError(f"{entry.path}: there is a model '{name}' already; give it another name in [[models]]")
-        error = verify.replay_golden(model)
-        if verify.is_bit_exact(model, settings.tick.rows):
-            bit_exact.append(name)
-        models[name] = model
+        one = load(entry, settings, device)
+        if any(one.name == other.name for other in loaded):
+            raise ConfigError(
+                f"{entry.path}: there is a model '{one.name}' already; give it another name in [[models]]"
+            )
+        loaded.append(one)
         log.info(
             "model_loaded",
-            model=name,
+            model=one.name,
             path=entry.path,
-            device=model.device,
-            slots=model.slots,
-            state_bytes=model.state_bytes,
-            golden_error=error,
-            bit_exact=name in bit_exact,
-            seconds=round(time.monotonic() - begin, 3),
+            device=one.model.device,
+            slots=one.model.slots,
+            state_bytes=one.model.state_bytes,
+            golden_error=one.golden_error,
+            bit_exact=one.bit_exact,
+            seconds=one.seconds,
         )
-    return models, tuple(bit_exact)
+    return loaded
 
 
 def _check_device(device: Device) -> None:
@@ -407,8 +433,8 @@ def _lock(path: str, stack: ExitStack) -> None:
 
 
 @contextmanager
-def _signals() -> Iterator[socket.socket]:
-    """A socket that becomes readable with the number of each SIGTERM, SIGINT and SIGHUP.
+def _signals() -> Iterator[tuple[socket.socket, socket.socket]]:
+    """A socket that becomes readable with the number of each SIGTERM, SIGINT and SIGHUP; and its other end.
 
     A handler that sets a flag would not do: it does not wake zmq's poll, which is retried with its whole time-out.
     """
@@ -418,7 +444,7 @@ def _signals() -> Iterator[socket.socket]:
     former_fd = signal.set_wakeup_fd(writer.fileno())
     former: Mapping[int, object] = {n: signal.signal(n, _noted) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     try:
-        yield reader
+        yield reader, writer
     finally:
         for number, handler in former.items():
             signal.signal(number, handler)  # type: ignore[arg-type]

@@ -107,6 +107,8 @@ class Stats:
         self.internal_errors = 0
         #: Commits to the journal that could not be written.
         self.journal_failures = 0
+        #: Model files that were looked at again, by what became of them.
+        self.reloads = dict.fromkeys(("added", "failed", "finish", "kept", "removed", "restart", "unchanged"), 0)
         self.commit_seconds = Histogram(LATENCY_BOUNDS)
         self.duplicates = 0
         # counters: streams and peers

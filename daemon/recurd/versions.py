@@ -34,6 +34,8 @@ _PIECE = 256
 class Takeover(msgspec.Struct, frozen=True):
     """What became of a model's streams: they kept their state, finish on the former version, or end."""
 
+    #: Whether the states of the file before cannot be gone on with.
+    is_new_version: bool = False
     kept: int = 0
     finishing: int = 0
     ending: int = 0
@@ -95,10 +97,20 @@ class Versions:
         lane.is_former = True
         self.former.append(lane)
         if incompatible == "finish":
-            return Takeover(finishing=lane.streams)
+            return Takeover(is_new_version=True, finishing=lane.streams)
+        self._end(lane)
+        return Takeover(is_new_version=True, ending=lane.streams)
+
+    def end_former(self) -> int:
+        """End the streams that finish on former versions; how many there are."""
+        lanes = [lane for lane in self.former if not lane.is_ending]
+        for lane in lanes:
+            self._end(lane)
+        return sum(lane.streams for lane in lanes)
+
+    def _end(self, lane: Lane) -> None:
         lane.is_ending = True
         self._to_end += self._streams.of_lane(lane)
-        return Takeover(ending=lane.streams)
 
     # --- after that ---
 

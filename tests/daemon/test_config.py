@@ -13,6 +13,7 @@ from recurd.config import (
     Limits,
     Log,
     Model,
+    Reload,
     Tenant,
     TenantLimits,
     Tick,
@@ -32,6 +33,7 @@ SECTIONS = {
     "zeromq": ZeroMQ,
     "durability": Durability,
     "auth": Auth,
+    "reload": Reload,
     "log": Log,
 }
 EXAMPLES = {"models": Model, "tenants.gateway-7": Tenant, "tenants.gateway-7.limits": TenantLimits}

@@ -637,7 +637,7 @@ def _put_stream(journal: Journal, transaction: Any) -> None:
     from recurd.journal import _pack
     from recurd.saving import SavedStream
 
-    saved = SavedStream("local", "s", "pump", 1, 1, 0, 0, 60.0, None)
+    saved = SavedStream("local", "s", "pump", 1, 1, 0, 0, 60.0, None, version="a")
     transaction.put((7).to_bytes(8), _pack(msgspec.msgpack.encode(saved)), db=journal._streams)
 
 

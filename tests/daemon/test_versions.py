@@ -67,7 +67,9 @@ def truth(network: Network, *parts: Array) -> Array:
 
 def replace(desk: Desk, model: Model, incompatible: str = "finish", slots: int = 8) -> dict[str, int]:
     takeover = desk.engine.replace_model("pump", Served(model, slots), incompatible)  # type: ignore[arg-type]
-    return {key: count for key, count in msgspec.structs.asdict(takeover).items() if count}
+    counts = msgspec.structs.asdict(takeover)
+    assert counts.pop("is_new_version") == (counts["kept"] == 0)
+    return {key: count for key, count in counts.items() if count}
 
 
 def welcomes(replies: list[Reply]) -> list[Reply]:

@@ -34,6 +34,7 @@ COMMANDS = {
     "verify": Entry("recurd.cli.verify:verify", "gpu", "Check a model file against its own proof."),
     "inspect": Entry("recurd.cli.inspect:inspect", "gpu", "Print a model file's contract."),
     "serve": Entry("recurd.cli.serve:serve", "gpu", "Serve models to live streams."),
+    "reload": Entry("recurd.cli.reload:reload", "gpu", "Have a daemon take over new files of its models."),
     "stream": Entry("recurd.cli.stream:stream", "gpu", "Send rows from a file or standard input, print predictions."),
     "bench": Entry("recurd.cli.bench:bench", "gpu", "Measure a daemon under load."),
     "keys": Entry("recurd.cli.keys:keys", "gpu", "Make keys for a daemon and for those who may connect to it."),

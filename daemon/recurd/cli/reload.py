@@ -1,0 +1,72 @@
+"""``recurd reload``: a daemon reads its configuration again and takes over the model files that have changed."""
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import click
+import msgspec
+
+from recurd.cli.endpoint import checked
+from recurd.errors import ExitCode
+from recurd.remote import Remote
+
+EPILOG = """\b
+Examples:
+  recurd reload
+  recurd reload --endpoint ipc:///run/recurd/recurd.sock --incompatible restart --json
+\b
+Exit codes: 0 every file is served, 65 one is not (the former one serves on), 69 no daemon answered.
+"""
+#: Time for the daemon to say that it is there.
+_GREETING_SECONDS = 10.0
+
+
+@click.command(epilog=EPILOG)
+@click.option(
+    "--endpoint", default="tcp://127.0.0.1:7070", show_default=True, callback=checked, help="The daemon's address."
+)
+@click.option(
+    "--incompatible",
+    type=click.Choice(["finish", "restart"]),
+    help="Streams that a new file cannot go on with finish on the former one, or end.  [as configured]",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@click.option("--timeout", default=300.0, show_default=True, help="Seconds to wait until all is loaded.")
+@click.pass_context
+def reload(ctx: click.Context, endpoint: str, incompatible: str | None, as_json: bool, timeout: float) -> None:
+    """Have a daemon read its configuration again, load the model files that have changed beside those it serves, and
+    take them over between two ticks. Says what became of each, and of its streams."""
+    keys: dict[str, Any] = {} if incompatible is None else {"incompatible": incompatible}
+    with Remote(endpoint, min(timeout, _GREETING_SECONDS)) as daemon:
+        report, _ = daemon.ask("reload", seconds=timeout, **keys)
+    if as_json:
+        sys.stdout.buffer.write(msgspec.json.format(msgspec.json.encode(report)) + b"\n")
+    else:
+        for model in report["models"]:
+            click.echo(_sentence(model))
+        if report["former_ending"]:
+            click.echo(f"{report['former_ending']} streams of versions replaced before end")
+    if any(model["outcome"] == "failed" for model in report["models"]):
+        ctx.exit(ExitCode.CONTRACT)
+
+
+def _sentence(model: dict[str, Any]) -> str:
+    return f"{model['model'] or model['path']}: " + "; ".join(_clauses(model))
+
+
+def _clauses(model: dict[str, Any]) -> Iterator[str]:
+    if model["outcome"] == "failed":
+        yield f"NOT reloaded: {model['reason']}"
+        return
+    yield {"unchanged": "unchanged", "added": "added", "removed": "removed"}.get(model["outcome"], "replaced")
+    for key, words in _STREAMS.items():
+        if key in model:
+            yield f"{model[key]} {words}"
+
+
+_STREAMS = {
+    "kept": "streams keep their state",
+    "finishing": "streams finish on the former version",
+    "ending": "streams of the former version end",
+}

@@ -1,0 +1,280 @@
+"""New files for models that are served: looked for and loaded beside the loop, taken over by it between two ticks.
+
+A thread of its own reads, verifies and warms every file that has changed while the loop goes on serving; what it found
+is taken over on the loop's thread, one model at a time. A file that is not good leaves the former one serving. Whoever
+asks while a reload is under way gets one of their own after it.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from recurd import config
+from recurd.admin import Request
+from recurd.engine import Engine
+from recurd.errors import ConfigError, StartError
+from recurd.loading import Loaded, fingerprint, load
+from recurd.metrics import ModelLabels
+from recurd.stats import Stats
+from recurd.systemd import Notifier
+from recurd.versions import Incompatible, Takeover
+
+if TYPE_CHECKING:
+    from structlog.typing import FilteringBoundLogger
+
+    from recurd.durable import Durable
+
+#: How long the end of the process waits for a file that is being loaded.
+_JOIN_SECONDS = 10.0
+
+
+class Command(msgspec.Struct, frozen=True, kw_only=True):
+    """``reload`` as an ADMIN command."""
+
+    #: What becomes of streams that a new file cannot go on with; ``None``: as configured.
+    incompatible: Incompatible | None = None
+
+
+class Outcome(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What became of one model: it is ``unchanged``, ``kept`` (its streams keep their states), ``finish``, ``restart``,
+    ``added``, ``removed`` or ``failed``."""
+
+    model: str
+    path: str
+    outcome: str
+    #: Why it failed; what served before serves on.
+    reason: str = ""
+    #: Streams that keep their state, finish on the former version, or end.
+    kept: int = 0
+    finishing: int = 0
+    ending: int = 0
+    #: Loading, verifying and warming.
+    load_seconds: float = 0.0
+    #: Taking over, for which the loop stood still.
+    takeover_seconds: float = 0.0
+
+
+class Report(msgspec.Struct, frozen=True, kw_only=True):
+    """What a reload has done."""
+
+    models: list[Outcome]
+    #: Streams that were finishing on versions replaced before, and end now too (``restart``).
+    former_ending: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A reload that is wanted."""
+
+    settings: config.Config
+    incompatible: Incompatible
+    requests: list[Request]
+
+
+@dataclass(frozen=True)
+class _Failed:
+    entry: config.Model
+    #: The model's name, as far as it is known.
+    name: str
+    reason: str
+
+
+#: What the thread finds of an entry: a new file, one that cannot be used, or the one that is served.
+_Found = Loaded | _Failed | str
+
+
+class Reload:
+    """Owns the thread, and what is known of the files that are served. All but :meth:`_look` runs on the loop's."""
+
+    def __init__(
+        self,
+        loaded: Iterable[Loaded],
+        *,
+        device: str,
+        engine: Engine,
+        durable: "Durable | None",
+        labels: dict[str, ModelLabels],
+        stats: Stats,
+        notifier: Notifier,
+        wake: Callable[[], object],
+        log: "FilteringBoundLogger",
+    ) -> None:
+        """``wake`` is called on the thread when there is something for :meth:`turn`."""
+        self._served = {one.name: one for one in loaded}
+        self._device = device
+        self._engine = engine
+        self._durable = durable
+        self._labels = labels
+        self._stats = stats
+        self._notifier = notifier
+        self._wake = wake
+        self._log = log
+        # the one under way, and what is wanted after it
+        self._thread: threading.Thread | None = None
+        self._found: SimpleQueue[_Found | None] = SimpleQueue()
+        self._asked: _Asked | None = None
+        self._next: _Asked | None = None
+        self._outcomes: list[Outcome] = []
+        self._begin = 0.0
+
+    def ask(self, settings: config.Config, request: Request | None = None) -> None:
+        """Look at the models of ``settings`` again; ``request`` is answered when all is done.
+
+        Raises :class:`Refused` for a request that cannot be read.
+        """
+        incompatible = settings.reload.incompatible
+        if request is not None:
+            incompatible = request.read(Command).incompatible or incompatible
+        requests = [] if request is None else [request]
+        if self._next is not None:
+            requests = self._next.requests + requests
+        self._next = _Asked(settings, incompatible, requests)
+        if self._asked is None:
+            self._start()
+
+    def _start(self) -> None:
+        self._asked, self._next = self._next, None
+        if self._asked is None:
+            return
+        self._begin = time.monotonic()
+        self._notifier.reloading(self._begin)
+        self._notifier.status("loading models again")
+        self._outcomes = []
+        served = {one.entry.path: one for one in self._served.values()}
+        arguments = (self._asked.settings, served)
+        self._thread = threading.Thread(target=self._look, args=arguments, name="recurd reload", daemon=True)
+        self._thread.start()
+
+    # --- on the thread ---
+
+    def _look(self, settings: config.Config, served: Mapping[str, Loaded]) -> None:
+        try:
+            for entry in settings.models:
+                self._found.put(self._look_at(entry, settings, served.get(entry.path)))
+                self._wake()
+        finally:
+            self._found.put(None)
+            self._wake()
+
+    def _look_at(self, entry: config.Model, settings: config.Config, former: Loaded | None) -> _Found:
+        try:
+            if former is not None and entry.name in (None, former.name):
+                if fingerprint(entry.path) == former.fingerprint:
+                    return former.name
+                loaded = load(entry, settings, self._device)
+                if loaded.name != former.name:
+                    raise ConfigError(f"{entry.path}: it holds model '{loaded.name}' now, and not '{former.name}'")
+                return loaded
+            return load(entry, settings, self._device)
+        except StartError as error:
+            reason = str(error)
+        except Exception as error:  # no memory, or a bug of the runtime: nothing that a daemon must die of
+            reason = f"{entry.path}: {type(error).__name__}: {error}"
+        return _Failed(entry, entry.name or (former.name if former is not None else ""), reason)
+
+    # --- on the loop's thread ---
+
+    def turn(self) -> None:
+        """Take over what was found since the last call."""
+        while self._asked is not None:
+            try:
+                found = self._found.get_nowait()
+            except Empty:
+                return
+            if found is None:
+                self._finish(self._asked)
+            elif isinstance(found, str):
+                self._note(Outcome(model=found, path=self._served[found].entry.path, outcome="unchanged"))
+            elif isinstance(found, _Failed):
+                self._note(Outcome(model=found.name, path=found.entry.path, outcome="failed", reason=found.reason))
+            else:
+                self._take_over(found, self._asked.incompatible)
+
+    def _take_over(self, loaded: Loaded, incompatible: Incompatible) -> None:
+        begin = time.monotonic()
+        former = self._served.get(loaded.name)
+        try:
+            if any(outcome.model == loaded.name for outcome in self._outcomes):
+                raise ConfigError(f"{loaded.entry.path}: there is a model '{loaded.name}' already")
+            if former is not None and former.model.slots != loaded.model.slots:
+                raise ConfigError(
+                    f"{loaded.entry.path}: slots: {former.model.slots} at the start, {loaded.model.slots} now; that is "
+                    "changed by a new start only"
+                )
+            if self._durable is not None:
+                self._durable.note_version(loaded.name, loaded.model)
+        except StartError as error:
+            path, reason = loaded.entry.path, str(error)
+            self._note(Outcome(model=loaded.name, path=path, outcome="failed", reason=reason))
+            return
+        if former is None:
+            self._engine.add_model(loaded.name, loaded.model, bit_exact=loaded.bit_exact)
+            takeover, outcome = Takeover(), "added"
+        else:
+            takeover = self._engine.replace_model(loaded.name, loaded.model, incompatible, bit_exact=loaded.bit_exact)
+            outcome = incompatible if takeover.is_new_version else "kept"
+        self._served[loaded.name], self._labels[loaded.name] = loaded, loaded.labels
+        self._note(
+            Outcome(
+                model=loaded.name,
+                path=loaded.entry.path,
+                outcome=outcome,
+                kept=takeover.kept,
+                finishing=takeover.finishing,
+                ending=takeover.ending,
+                load_seconds=loaded.seconds,
+                takeover_seconds=round(time.monotonic() - begin, 6),
+            )
+        )
+
+    def _note(self, outcome: Outcome) -> None:
+        self._outcomes.append(outcome)
+        self._stats.reloads[outcome.outcome] += 1
+        fields = msgspec.structs.asdict(outcome)
+        del fields["outcome"]
+        if outcome.outcome == "failed":
+            self._log.error("reload_failed", model=outcome.model, path=outcome.path, reason=outcome.reason)
+        elif outcome.outcome != "unchanged":
+            del fields["reason"]
+            self._log.info(f"model_{_EVENTS.get(outcome.outcome, outcome.outcome)}", outcome=outcome.outcome, **fields)
+
+    def _finish(self, asked: _Asked) -> None:
+        named = {outcome.model for outcome in self._outcomes}
+        # A file that cannot be read may be that of any model which no other entry names.
+        for name in [] if "" in named else sorted(self._served.keys() - named):
+            takeover = self._engine.remove_model(name, asked.incompatible)
+            path = self._served.pop(name).entry.path
+            del self._labels[name]
+            self._note(
+                Outcome(model=name, path=path, outcome="removed", finishing=takeover.finishing, ending=takeover.ending)
+            )
+        former = self._engine.end_former() if asked.incompatible == "restart" else 0
+        report = Report(models=self._outcomes, former_ending=former, seconds=round(time.monotonic() - self._begin, 3))
+        failed = [outcome.model for outcome in self._outcomes if outcome.outcome == "failed"]
+        self._log.info(
+            "reloaded",
+            models=",".join(self._served),
+            failed=",".join(failed),
+            former_ending=former,
+            seconds=report.seconds,
+        )
+        trouble = f"; could not reload {', '.join(failed)}, see the log" if failed else ""
+        self._notifier.ready(f"serving {', '.join(self._served)}{trouble}")
+        for request in asked.requests:
+            self._engine.admin.report(request, report)
+        self._start()
+
+    def close(self) -> None:
+        """Wait for a file that is being loaded; it is not taken over any more."""
+        if self._thread is not None:
+            self._thread.join(_JOIN_SECONDS)
+
+
+#: Outcomes that are told by another word in the log.
+_EVENTS = {"kept": "replaced", "finish": "replaced", "restart": "replaced"}

@@ -1,0 +1,351 @@
+"""New model files for a real daemon under load: nothing is lost, results are right on both sides, bad files change
+nothing."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import recurd
+from process import Process, eventually
+from recurd.errors import Broken, ExitCode
+from recurrent import Array, Network
+
+OLD, NEW, THIRD = Network(), Network(seed=8), Network(seed=9)
+WIDE = Network(features=4, outputs=1, seed=10)
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+
+
+def draw(seed: int, steps: int = 5, network: Network = OLD) -> Array:
+    return network.draw(steps, np.random.default_rng(seed))
+
+
+def truth(network: Network, *parts: Array) -> Array:
+    return network.run(np.concatenate(parts))[0]["output"]
+
+
+def put(network: Network, path: Path, **changes: Any) -> Path:
+    """Write a file and move it to its place, as one should."""
+    network.save(path.with_suffix(".new"), **({"proof": True} | changes))
+    os.replace(path.with_suffix(".new"), path)
+    return path
+
+
+def serve(folder: Path, *flags: str | Path) -> Process:
+    pump = folder / "pump.onnx"
+    if not pump.exists():
+        put(OLD, pump)
+    return Process(folder, pump, "--bind", f"ipc://{folder}/socket", "--metrics", "127.0.0.1:0", *flags)
+
+
+def connect(folder: Path) -> recurd.Client:
+    return recurd.connect(f"ipc://{folder}/socket")
+
+
+def reload(folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "recurd", "reload", "--endpoint", f"ipc://{folder}/socket", *flags]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+def reloaded(folder: Path, *flags: str) -> dict[str, Any]:
+    """The report on the one model."""
+    done = reload(folder, "--json", *flags)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (model,) = json.loads(done.stdout)["models"]
+    assert isinstance(model, dict)
+    return model
+
+
+class Load:
+    """Streams that push all the time, on a thread; what was sent and came is kept."""
+
+    def __init__(self, folder: Path, names: list[str], mode: Any = "auto") -> None:
+        self.sent: dict[str, list[Array]] = {name: [] for name in names}
+        self.came: dict[str, list[Array]] = {name: [] for name in names}
+        self.broken: dict[str, str] = {}
+        self.rounds = 0
+        self._folder, self._mode = folder, mode
+        self._stop = threading.Event()
+        self._failure: BaseException | None = None
+
+    def _run(self) -> None:
+        try:
+            with connect(self._folder) as client:
+                streams = {name: client.open(name, mode=self._mode) for name in self.sent}
+                while not self._stop.is_set():
+                    self._push(streams)
+                    self.rounds += 1
+        except BaseException as failure:
+            self._failure = failure
+
+    def _push(self, streams: dict[str, recurd.client.Stream]) -> None:
+        futures = {}
+        for number, (name, stream) in enumerate(streams.items()):
+            for ahead in range(3):
+                x = draw(1000 * self.rounds + 10 * number + ahead, 1 + (self.rounds + ahead) % 90)
+                futures[name, ahead] = x, stream.submit(x)
+        for (name, _), (x, future) in futures.items():
+            try:
+                result = future.result(30)
+            except Broken as error:
+                self.broken.setdefault(name, error.code.word)
+                continue
+            self.sent[name].append(x)
+            self.came[name].append(result)
+        for name in self.broken:
+            streams.pop(name, None)
+
+    @contextmanager
+    def running(self) -> Iterator["Load"]:
+        thread = threading.Thread(target=self._run)
+        thread.start()
+        try:
+            self.goes_on()
+            yield self
+        finally:
+            self._stop.set()
+            thread.join(60)
+        assert self._failure is None, self._failure
+
+    def goes_on(self, rounds: int = 3) -> None:
+        end = self.rounds + rounds
+        eventually(lambda: self._failure is not None or self.rounds >= end or self.broken)
+
+    def check(self, network: Network) -> None:
+        for name, sent in self.sent.items():
+            np.testing.assert_allclose(np.concatenate(self.came[name]), truth(network, *sent), **CLOSE)
+
+
+NAMES = [f"s{number}" for number in range(8)]
+
+
+def test_under_load_old_streams_finish_and_new_ones_get_the_new_file(tmp_path: Path) -> None:
+    with serve(tmp_path) as daemon:
+        daemon.ready()
+        old, new = Load(tmp_path, NAMES), Load(tmp_path, [f"new-{name}" for name in NAMES])
+        with old.running():
+            put(NEW, tmp_path / "pump.onnx", version="2")
+            model = reloaded(tmp_path)
+            with new.running():
+                old.goes_on()
+                new.goes_on()
+                info = daemon.get("/metrics")[1]
+                slots = daemon.metric('recurd_stream_slots{kind="used",model="pump"}')
+        counts = {key: model[key] for key in ("model", "outcome", "finishing")}
+
+        assert (old.broken, new.broken) == ({}, {})
+        old.check(OLD)
+        new.check(NEW)
+        assert counts == {"model": "pump", "outcome": "finish", "finishing": 8}
+        assert 'recurd_model_info{device="cpu",model="pump",version="2"' in info
+        assert slots == 16
+        assert daemon.metric('recurd_reloads_total{outcome="finish"}') == 1
+        with connect(tmp_path) as client:
+            for name in NAMES:
+                client.open(name, mode="resume").close()
+        eventually(lambda: "version_dropped" in daemon.log)
+        assert daemon.metric('recurd_stream_slots{kind="used",model="pump"}') == 8
+        assert daemon.stop(signal.SIGTERM) == 0
+
+
+def test_under_load_streams_keep_their_state_when_they_can(tmp_path: Path) -> None:
+    with serve(tmp_path) as daemon:
+        daemon.ready()
+        load = Load(tmp_path, NAMES)
+        with load.running():
+            for version in ("2", "3"):
+                put(OLD, tmp_path / "pump.onnx", version=version)
+                model = reloaded(tmp_path)
+                assert (model["outcome"], model["kept"]) == ("kept", 8)
+                load.goes_on()
+        load.check(OLD)
+        assert daemon.log.count("event=model_replaced") == 2
+
+
+def test_under_load_streams_end_by_choice_after_what_was_accepted(tmp_path: Path) -> None:
+    with serve(tmp_path) as daemon:
+        daemon.ready()
+        load = Load(tmp_path, NAMES)
+        with load.running():
+            put(NEW, tmp_path / "pump.onnx")
+            model = reloaded(tmp_path, "--incompatible", "restart")
+            eventually(lambda: len(load.broken) == len(NAMES))
+        load.check(OLD)  # all that was answered
+        assert (model["outcome"], model["ending"]) == ("restart", 8)
+        assert set(load.broken.values()) == {"reloaded"}
+        again = Load(tmp_path, NAMES)
+        with again.running():
+            again.goes_on()
+        again.check(NEW)
+        assert daemon.metric('recurd_streams_ended_total{reason="reloaded"}') == 8
+
+
+def test_streams_that_finish_can_be_ended_later(tmp_path: Path) -> None:
+    with serve(tmp_path) as daemon:
+        daemon.ready()
+        with connect(tmp_path) as client:
+            stream = client.open("s")
+            stream.push(draw(1))
+            put(NEW, tmp_path / "pump.onnx")
+            assert reload(tmp_path).stdout == "pump: replaced; 1 streams finish on the former version\n"
+            stream.push(draw(2))
+            done = reload(tmp_path, "--incompatible", "restart")
+            assert done.stdout == "pump: unchanged\n1 streams of versions replaced before end\n"
+            with pytest.raises(Broken, match="reloaded"):
+                stream.push(draw(3))
+        eventually(lambda: "version_dropped" in daemon.log)
+
+
+def test_a_client_knows_the_form_of_both_versions_also_after_it_reconnects(tmp_path: Path) -> None:
+    with serve(tmp_path) as daemon:
+        daemon.ready()
+        with connect(tmp_path) as client:
+            old = client.open("old")
+            results = [old.push(draw(1))]
+            put(WIDE, tmp_path / "pump.onnx")
+            reloaded(tmp_path)
+            wide = client.open("new")
+            x = draw(1, network=WIDE)
+            np.testing.assert_allclose(wide.push(x), truth(WIDE, x), **CLOSE)
+            results.append(old.push(draw(2)))
+            with connect(tmp_path) as other:
+                taken = other.open("old", mode="resume")
+                results.append(taken.push(draw(3)))
+            assert client.models["pump"]["input"]["shape"] == [4]
+        np.testing.assert_allclose(np.concatenate(results), truth(OLD, draw(1), draw(2), draw(3)), **CLOSE)
+
+
+# --- SIGHUP, and the service manager ---
+
+
+def test_a_signal_reloads_and_the_service_manager_is_told(tmp_path: Path) -> None:
+    with serve(tmp_path) as daemon:
+        daemon.ready()
+        put(NEW, tmp_path / "pump.onnx")
+        daemon.process.send_signal(signal.SIGHUP)
+        told = daemon.expect("RELOADING=1")
+        ready = daemon.expect("READY=1")
+
+        assert int(told.partition("MONOTONIC_USEC=")[2]) > 0
+        assert "STATUS=serving pump" in ready
+        assert daemon.get("/healthz")[0] == 200
+        with connect(tmp_path) as client:
+            np.testing.assert_allclose(client.open("s").push(draw(1)), truth(NEW, draw(1)), **CLOSE)
+
+
+def test_signals_that_come_during_a_reload_are_not_forgotten(tmp_path: Path) -> None:
+    with serve(tmp_path) as daemon:
+        daemon.ready()
+        put(NEW, tmp_path / "pump.onnx")
+        daemon.process.send_signal(signal.SIGHUP)
+        daemon.expect("RELOADING=1")
+        put(THIRD, tmp_path / "pump.onnx")
+        for _ in range(5):
+            daemon.process.send_signal(signal.SIGHUP)
+        with connect(tmp_path) as client:
+            number = iter(range(1000))
+            eventually(
+                lambda: np.allclose(client.open(f"s{next(number)}").push(draw(1)), truth(THIRD, draw(1)), **CLOSE)
+            )
+        eventually(lambda: daemon.log.count("event=reloaded") >= 2)
+
+
+def test_the_configured_choice_counts_and_is_read_again(tmp_path: Path) -> None:
+    put(OLD, tmp_path / "pump.onnx")
+    configuration = tmp_path / "recurd.toml"
+    text = '[[models]]\npath = "pump.onnx"\n[reload]\nincompatible = "{}"\n'
+    configuration.write_text(text.format("finish"))
+    flags = ["--bind", f"ipc://{tmp_path}/socket", "--metrics", ""]
+    with Process(tmp_path, "--config", configuration, *flags) as daemon:
+        daemon.ready()
+        with connect(tmp_path) as client:
+            stream = client.open("s")
+            stream.push(draw(1))
+            configuration.write_text(text.format("restart"))
+            put(NEW, tmp_path / "pump.onnx")
+            assert reloaded(tmp_path)["outcome"] == "restart"
+            with pytest.raises(Broken, match="was of a version of the model that was replaced"):
+                stream.push(draw(2))
+
+
+def test_models_are_added_and_removed_and_a_file_of_another_path_takes_over(tmp_path: Path) -> None:
+    put(OLD, tmp_path / "pump.onnx")
+    put(NEW, tmp_path / "pump-2.onnx")
+    put(Network(name="valve"), tmp_path / "valve.onnx")
+    configuration = tmp_path / "recurd.toml"
+
+    def configure(*paths: str) -> None:
+        configuration.write_text("".join(f'[[models]]\npath = "{path}"\n' for path in paths))
+
+    configure("pump.onnx")
+    with Process(tmp_path, "--config", configuration, "--bind", f"ipc://{tmp_path}/socket", "--metrics", "") as daemon:
+        daemon.ready()
+        with connect(tmp_path) as client:
+            pump = client.open("s")
+            configure("pump-2.onnx", "valve.onnx")
+            report = json.loads(reload(tmp_path, "--json").stdout)["models"]
+            valve = client.open("v", model="valve")
+            valve.push(draw(1))
+            configure("pump-2.onnx")
+            removed = json.loads(reload(tmp_path, "--json").stdout)["models"]
+            results = [pump.push(draw(1)), valve.push(draw(2)), client.open("t").push(draw(1))]
+
+    assert [(model["model"], model["outcome"]) for model in report] == [("pump", "finish"), ("valve", "added")]
+    assert [(model["model"], model["outcome"]) for model in removed] == [("pump", "unchanged"), ("valve", "removed")]
+    assert removed[1]["finishing"] == 1
+    for result, expected in zip(
+        results, (truth(OLD, draw(1)), truth(OLD, draw(1), draw(2))[5:], truth(NEW, draw(1))), strict=True
+    ):
+        np.testing.assert_allclose(result, expected, **CLOSE)
+
+
+# --- files that are not good ---
+
+
+def spoil(folder: Path, kind: str) -> str:
+    """Make the file one that must not be served; what the daemon says of it."""
+    path = folder / "pump.onnx"
+    if kind == "missing":
+        path.unlink()
+        return "there is no such file"
+    if kind == "truncated":
+        path.write_bytes(path.read_bytes()[:2000])
+        return "not a valid ONNX model"
+    if kind == "another model":
+        put(NEW, path, name="valve")
+        return "it holds model 'valve' now, and not 'pump'"
+    proof = OLD.golden(OLD.contract(OLD.model()))
+    put(NEW, path, proof=proof)
+    return "does not give its golden results"
+
+
+@pytest.mark.parametrize("kind", ["missing", "truncated", "another model", "wrong numbers"])
+def test_a_file_that_is_not_good_leaves_the_former_one_serving_and_says_so(tmp_path: Path, kind: str) -> None:
+    with serve(tmp_path) as daemon:
+        daemon.ready()
+        load = Load(tmp_path, NAMES)
+        with load.running():
+            reason = spoil(tmp_path, kind)
+            done = reload(tmp_path)
+            load.goes_on()
+        load.check(OLD)
+        assert (done.returncode, done.stderr) == (ExitCode.CONTRACT, "")
+        assert done.stdout.startswith("pump: NOT reloaded: ")
+        assert reason in done.stdout
+        (line,) = [line for line in daemon.log.splitlines() if "reload_failed" in line]
+        assert reason in line
+        daemon.expect("could not reload pump")
+        daemon.process.send_signal(signal.SIGHUP)
+        daemon.expect("could not reload pump")
+        assert daemon.metric('recurd_reloads_total{outcome="failed"}') == 2
+        put(NEW, tmp_path / "pump.onnx")
+        assert reloaded(tmp_path)["outcome"] == "finish"
