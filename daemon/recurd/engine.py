@@ -292,8 +292,8 @@ class Engine:
                     arrived.append(chunk.arrived)
         lane.busy = True
         lane.stats.queue_seconds.observe_many(now - np.array(arrived))
-        tick = assemble(lane.name, lane.contract, rows, now)
-        lane.slots.used(tick.slots)
+        tick = assemble(lane.name, lane.contract, rows, now, lane.shape)
+        lane.slots.used(tick.slots[: len(rows)])
         return tick
 
     def complete(self, tick: Tick, outputs: list[npt.NDArray[Any]], now: float) -> None:
@@ -306,7 +306,7 @@ class Engine:
         heads = [output.tobytes() for output in outputs]
         time = tick.input.shape[1]
         finished: list[float] = []
-        spoiled = lane.spoiled(tick.lengths, outputs)
+        spoiled = lane.spoiled(tick.lengths[: len(tick.rows)], outputs)
         for index, row in enumerate(tick.rows):
             stream = row.stream
             stream.running = False
@@ -549,7 +549,7 @@ def _accept(stream: Stream, record: Chunk, header: wire.Header) -> bool:
 
 
 def _count_tick(stats: ModelStats, tick: Tick, finished: list[float], now: float) -> None:
-    steps = int(tick.lengths.sum())
+    steps = int(tick.lengths[: len(tick.rows)].sum())
     stats.ticks += 1
     stats.steps_processed += steps
     stats.padded_steps += tick.input.shape[0] * tick.input.shape[1] - steps

@@ -13,7 +13,7 @@ from recurd.contract import Contract
 from recurd.errors import Code, Refused
 from recurd.layout import Layout
 from recurd.saving import VERSION_DIGITS, Stamp
-from recurd.scheduler import Scheduler
+from recurd.scheduler import Scheduler, Shape
 from recurd.stats import ModelStats
 from recurd.streams import Chunk, Stream
 from recurd.tenants import Share
@@ -85,11 +85,13 @@ class Lane:
                 self.idle_seconds = model.stream_idle_seconds
         self._max_streams = device.slots + config.limits.host_state_bytes // device.row_bytes
         self.stats = stats
+        #: The shape of every tick, where there is only one; then it costs nothing to put rows of any length together.
+        self.shape = Shape.of(contract, config.tick, device.slots)
         self.scheduler = Scheduler(
             contract,
             max_rows=min(config.tick.rows, device.slots),
             max_steps=config.tick.steps,
-            padding_ratio=config.tick.padding_ratio,
+            padding_ratio=config.tick.padding_ratio if self.shape is None else 1.0,
         )
         self._room = room
         self._max_wait_seconds = config.limits.queued_seconds

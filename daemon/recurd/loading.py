@@ -12,6 +12,7 @@ from recurd import config, verify
 from recurd.errors import ContractError
 from recurd.metrics import ModelLabels
 from recurd.model import Model
+from recurd.scheduler import Shape
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +46,7 @@ class Loaded:
 def load(entry: config.Model, settings: config.Config, device: str) -> Loaded:
     """Load a model, replay its golden run, so that a wrong answer is found here and not by a customer, and warm it.
 
-    Raises :class:`ContractError` or :class:`~recurd.errors.DeviceError`.
+    Raises :class:`ContractError`, :class:`~recurd.errors.DeviceError` or :class:`~recurd.errors.ConfigError`.
     """
     begin = time.monotonic()
     mark = fingerprint(entry.path)
@@ -54,7 +55,8 @@ def load(entry: config.Model, settings: config.Config, device: str) -> Loaded:
     if fingerprint(entry.path) != mark:
         raise ContractError(f"{entry.path}: it was written while it was read; try again when it is whole")
     error = verify.replay_golden(model)
-    bit_exact = verify.is_bit_exact(model, settings.tick.rows)
+    shape = Shape.of(model.contract, settings.tick, slots)
+    bit_exact = verify.is_bit_exact(model, settings.tick.rows, shape)
     first = np.zeros(1, np.int64)
     model.write_rows(first, model.rows(first))
     return Loaded(

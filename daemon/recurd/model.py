@@ -103,7 +103,8 @@ class Model:
         self.device = device
         self.slots = slots
         self._scatter: graph.Scatter = "rows" if device == "cpu" else "elements"
-        self._arenas = [(arena, self._allocate(arena, slots)) for arena in graph.arenas(contract)]
+        # One row more than there are slots, for rows that only fill up a tick.
+        self._arenas = [(arena, self._allocate(arena, slots + 1)) for arena in graph.arenas(contract)]
         self._session = self._make_session(graph.wrap(model, contract, self._scatter), threads)
         self._check_placement()
         self._binding = self._session.io_binding()
@@ -135,7 +136,7 @@ class Model:
 
     @property
     def state_bytes(self) -> int:
-        """Bytes all arenas take on the device."""
+        """Bytes that the slots of all arenas take on the device."""
         return self.slots * self.row_bytes
 
     @property
@@ -146,10 +147,11 @@ class Model:
     def run(self, slots: Array, fresh: Array, lengths: Array, input: Array) -> list[Array]:
         """One tick: advance the state of every slot by its row's steps, in place.
 
-        ``slots`` int64 ``[rows]``, distinct and in range; ``fresh`` bool ``[rows]``: start from the initial state;
-        ``lengths`` int32 ``[rows]``, each in ``[1, time]``; ``input`` ``[rows, time, *shape]``. Returns the heads in
-        the contract's order, ``[rows, time, *shape]`` (``[rows, *shape]`` for heads of the last step); what stands
-        beyond a row's length means nothing. After an exception the state of these slots is unknown.
+        ``slots`` int64 ``[rows]``, distinct and in range, or the one behind the last, whose state is nobody's;
+        ``fresh`` bool ``[rows]``: start from the initial state; ``lengths`` int32 ``[rows]``, each in ``[1, time]``;
+        ``input`` ``[rows, time, *shape]``. Returns the heads in the contract's order, ``[rows, time, *shape]``
+        (``[rows, *shape]`` for heads of the last step); what stands beyond a row's length means nothing. After an
+        exception the state of these slots is unknown.
         """
         self._check_rows(slots, lengths, input)
         binding = self._binding
@@ -223,8 +225,8 @@ class Model:
     def _check_rows(self, slots: Array, lengths: Array, input: Array) -> None:
         # The runtime aborts the process on zero rows, erases the state of a row of length zero, and on CUDA writes a
         # slot out of range into somebody else's.
-        if not (len(slots) and slots.min() >= 0 and slots.max() < self.slots):
-            raise ValueError(f"a tick needs rows with slots in [0, {self.slots})")
+        if not (len(slots) and slots.min() >= 0 and slots.max() <= self.slots):
+            raise ValueError(f"a tick needs rows with slots in [0, {self.slots}]")
         if not (lengths.min() >= 1 and lengths.max() <= input.shape[1]):
             raise ValueError(f"a tick's lengths must lie in [1, {input.shape[1]}]")
 

@@ -15,17 +15,21 @@ Whatever the model, a tick of several rows computes at most ``max_rows * max_ste
 
 from collections import deque
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from recurd import config
 from recurd.contract import Contract
+from recurd.errors import ConfigError
 from recurd.streams import Chunk, Stream
 from recurd.turns import Turns
 
 if TYPE_CHECKING:
     from recurd.lane import Lane
+
+Array = npt.NDArray[Any]
 
 #: What a tick still counts for the pace when the next one has been taken.
 _PACE_MEMORY = 0.9
@@ -45,8 +49,10 @@ class Row:
 
 @dataclass(slots=True)
 class Tick:
-    """One run of a model, ready to be handed over: what ``Model.run`` takes, and the rows to give the outputs back
-    to."""
+    """One run of a model, ready to be handed over: what ``Model.run`` takes, and the rows to give the outputs back to.
+
+    The arrays may have more rows, which only fill up.
+    """
 
     model: str
     rows: list[Row]
@@ -60,6 +66,37 @@ class Tick:
     def lane(self) -> "Lane":
         """The lane of all its streams."""
         return self.rows[0].stream.lane
+
+
+class Shape(NamedTuple):
+    """The one shape of all ticks of a lane, where that is wanted: kernels of a GPU are chosen by the shape."""
+
+    rows: int
+    steps: int
+    #: Slot of the rows that only fill up: one that no stream has.
+    scratch: int
+
+    @classmethod
+    def of(cls, contract: Contract, settings: config.Tick, slots: int) -> "Shape | None":
+        """``None`` where ticks are as large as they need to be. Raises :class:`ConfigError`."""
+        if not settings.strict:
+            return None
+        if not contract.causal:
+            raise ConfigError(
+                f"tick.strict: model '{contract.name}' looks ahead inside a chunk, which cannot be cut to one shape"
+            )
+        return cls(settings.rows, settings.steps, slots)
+
+    def fill(self, slots: Array, fresh: Array, lengths: Array, input: Array) -> tuple[Array, Array, Array, Array]:
+        """A tick's arrays, as ``Model.run`` takes them, filled up with steps that the model takes."""
+        rows = self.rows - len(slots)
+        input = np.concatenate([input, np.repeat(input[:, -1:], self.steps - input.shape[1], axis=1)], axis=1)
+        return (
+            np.concatenate([slots, np.full(rows, self.scratch, slots.dtype)]),
+            np.concatenate([fresh, np.ones(rows, fresh.dtype)]),
+            np.concatenate([lengths, np.full(rows, self.steps, lengths.dtype)]),
+            np.concatenate([input, np.repeat(input[:1], rows, axis=0)]),
+        )
 
 
 class Pace:
@@ -208,8 +245,11 @@ def _cut(queue: list[Chunk], steps: int) -> list[tuple[Chunk, int, int]]:
     return parts
 
 
-def assemble(model: str, contract: Contract, rows: list[Row], now: float) -> Tick:
-    """Put rows together as arrays; their streams' pending fresh starts are taken over into the tick."""
+def assemble(model: str, contract: Contract, rows: list[Row], now: float, shape: Shape | None = None) -> Tick:
+    """Put rows together as arrays; their streams' pending fresh starts are taken over into the tick.
+
+    With a ``shape`` the arrays have more rows than there are streams.
+    """
     time, width = max([row.steps for row in rows]), contract.input.width
     pieces = []
     slots, fresh, lengths = [], [], []
@@ -226,12 +266,10 @@ def assemble(model: str, contract: Contract, rows: list[Row], now: float) -> Tic
         if stream.fresh:
             row.parts[0][0].fresh = True
             stream.fresh = False
-    return Tick(
-        model=model,
-        rows=rows,
-        slots=np.array(slots, np.int64),
-        fresh=np.array(fresh, np.bool_),
-        lengths=np.array(lengths, np.int32),
-        input=np.concatenate(pieces).reshape(len(rows), time, *contract.input.shape),
-        taken_at=now,
+    arrays: tuple[Array, Array, Array, Array] = (
+        np.array(slots, np.int64),
+        np.array(fresh, np.bool_),
+        np.array(lengths, np.int32),
+        np.concatenate(pieces).reshape(len(rows), time, *contract.input.shape),
     )
+    return Tick(model, rows, *(arrays if shape is None else shape.fill(*arrays)), taken_at=now)

@@ -68,7 +68,7 @@ def test_states_are_read_batch_first_by_name_and_dtype(model: Model) -> None:
 
 @pytest.mark.parametrize(
     ("slots", "lengths"),
-    [([], []), ([-1], [3]), ([6], [3]), ([0, 10**9], [3, 3]), ([0], [0]), ([0, 1], [3, 0]), ([0], [4]), ([0], [-1])],
+    [([], []), ([-1], [3]), ([7], [3]), ([0, 10**9], [3, 3]), ([0], [0]), ([0, 1], [3, 0]), ([0], [4]), ([0], [-1])],
     ids=str,
 )
 def test_a_tick_that_would_harm_is_refused_and_harms_nobody(model: Model, slots: list[int], lengths: list[int]) -> None:
