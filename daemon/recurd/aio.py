@@ -14,12 +14,13 @@ from typing import Any, TypeVar
 
 import numpy.typing as npt
 
+from recurd import wire
 from recurd.backlog import Record
 from recurd.errors import RecurdError, Unanswered
 from recurd.interface import CLOSED, Connection, OpenStream, closed_error
 from recurd.keys import Credentials, read_credentials
 from recurd.link import Link
-from recurd.signature import Payload, Result
+from recurd.signature import GET_STATE, RESET, Array, Payload, Result, clone
 from recurd.writer import Mode, Writer
 
 _Value = TypeVar("_Value")
@@ -112,6 +113,13 @@ class Client(Connection):
             self._session.give_up(writer, late())
             raise
         return Stream(self, writer)
+
+    async def clone(self, source: "Stream", name: str, *, timeout_seconds: float | None = None) -> "Stream":
+        """Start another stream where one stands, and open it; see :meth:`recurd.client.Client.clone`."""
+        deadline = self._deadline(timeout_seconds)
+        await source._carry_out(clone(name), "the clone", timeout_seconds)
+        left = math.inf if deadline is None else max(0.0, deadline - self._loop.time())
+        return await self.open(name, model=source.model, mode="resume", timeout_seconds=left)
 
     async def push_many(
         self,
@@ -257,11 +265,26 @@ class Stream(OpenStream):
         """Send a chunk without waiting for its result; see :meth:`recurd.client.Stream.submit`."""
         return await self._submit(self._payload(x), timeout_seconds, self._starts_by(expires_seconds))
 
-    async def reset(self, *, timeout_seconds: float | None = None) -> None:
+    async def reset(
+        self, *, to: Mapping[str, npt.ArrayLike] | None = None, timeout_seconds: float | None = None
+    ) -> None:
         """Start afresh after the chunks handed in before; see :meth:`recurd.client.Stream.reset`."""
+        payload = RESET if to is None else self._given(wire.Operation.RESET_TO, to)
+        await self._carry_out(payload, "the reset", timeout_seconds)
+
+    async def state(self, *, timeout_seconds: float | None = None) -> dict[str, Array]:
+        """The state after the chunks handed in before; see :meth:`recurd.client.Stream.state`."""
+        states: dict[str, Array] = await self._carry_out(GET_STATE, "the request", timeout_seconds)
+        return states
+
+    async def set_state(self, states: Mapping[str, npt.ArrayLike], *, timeout_seconds: float | None = None) -> None:
+        """Go on from another state; see :meth:`recurd.client.Stream.set_state`."""
+        await self._carry_out(self._given(wire.Operation.PUT, states), "the state", timeout_seconds)
+
+    async def _carry_out(self, payload: Payload, what: str, timeout_seconds: float | None) -> Any:
         deadline = self._client._deadline(timeout_seconds)
-        late = self._late(self._client._seconds(timeout_seconds), "the reset")
-        await _answer(await self._submit(None, timeout_seconds), deadline, late)
+        late = self._late(self._client._seconds(timeout_seconds), what)
+        return await _answer(await self._submit(payload, timeout_seconds), deadline, late)
 
     async def close(self, *, timeout_seconds: float | None = None) -> None:
         """Answer what was handed in before, then forget the stream; see :meth:`recurd.client.Stream.close`."""
@@ -281,13 +304,13 @@ class Stream(OpenStream):
             await _answer(self._room.acquire(), deadline, late)
 
     async def _submit(
-        self, payload: Payload | None, timeout_seconds: float | None, starts_by: float = math.inf
+        self, payload: Payload, timeout_seconds: float | None, starts_by: float = math.inf
     ) -> "asyncio.Future[Any]":
         self._client._check_open()
         await self._take_room(self._client._deadline(timeout_seconds), timeout_seconds)
         return self._send(payload, starts_by)
 
-    def _send(self, payload: Payload | None, starts_by: float) -> "asyncio.Future[Any]":
+    def _send(self, payload: Payload, starts_by: float) -> "asyncio.Future[Any]":
         reply = self._client._loop.create_future()
         self._client._session.submit(self._writer, (Record((reply, self._room), payload, starts_by),))
         self._client._turn_soon()

@@ -18,13 +18,13 @@ from recurd.signature import Payload
 
 
 class Record:
-    """A chunk or a reset on its way. ``generation`` is set with its number, and ``sent`` counts the times it went out
-    under that."""
+    """A chunk, reset or STATE on its way. ``generation`` is set with its number, and ``sent`` counts the times it went
+    out under that."""
 
     __slots__ = ("generation", "payload", "sent", "seq", "starts_by", "token")
 
-    def __init__(self, token: Any, payload: Payload | None, starts_by: float = math.inf) -> None:
-        """``payload`` ``None`` is a reset; ``starts_by``: when it is too late for the daemon to start it."""
+    def __init__(self, token: Any, payload: Payload, starts_by: float = math.inf) -> None:
+        """``starts_by``: when it is too late for the daemon to start it."""
         self.token = token
         self.payload = payload
         self.starts_by = starts_by
@@ -95,7 +95,7 @@ class Backlog:
                 record.seq, record.sent = seq, 0
             self.in_flight[seq] = record
             self.next_seq += 1
-            self.next_generation += record.payload is None
+            self.next_generation += record.payload.starts_afresh
             yield seq, record
 
     def drop_late(self, now: float) -> float:

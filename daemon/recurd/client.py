@@ -24,12 +24,13 @@ from typing import Any
 import numpy.typing as npt
 import zmq
 
+from recurd import wire
 from recurd.backlog import Record
 from recurd.errors import RecurdError, Unanswered
 from recurd.interface import CLOSED, Connection, OpenStream, closed_error
 from recurd.keys import Credentials, read_credentials
 from recurd.link import Link
-from recurd.signature import Payload, Result
+from recurd.signature import GET_STATE, RESET, Array, Payload, Result, clone
 from recurd.writer import Mode, Writer
 
 _log = logging.getLogger("recurd.client")
@@ -158,6 +159,19 @@ class Client(Connection):
             raise
         opening.result()
         return Stream(self, opening.writer)
+
+    def clone(self, source: "Stream", name: str, *, timeout_seconds: float | None = None) -> "Stream":
+        """Start another stream where one stands after the chunks handed in before, and open it.
+
+        It has the source's model, state and idle time-out, and goes its own way from there.
+
+        Raises what :meth:`open` and :meth:`Stream.push` raise, and
+            Refused: ``exists``: there is a stream of that name.
+        """
+        deadline = self._deadline(timeout_seconds)
+        source._carry_out(clone(name), "the clone", deadline)
+        left = deadline.left()
+        return self.open(name, model=source.model, mode="resume", timeout_seconds=math.inf if left is None else left)
 
     def push_many(
         self,
@@ -329,8 +343,7 @@ class Stream(OpenStream):
         """
         deadline = self._client._deadline(timeout_seconds)
         future = self._submit(self._payload(x), deadline, self._starts_by(expires_seconds))
-        _wait(future, deadline, self._late(deadline.seconds))
-        result: Result = future.result()
+        result: Result = self._result(future, deadline, "the chunk")
         return result
 
     def submit(
@@ -344,12 +357,41 @@ class Stream(OpenStream):
         deadline = self._client._deadline(timeout_seconds)
         return self._submit(self._payload(x), deadline, self._starts_by(expires_seconds))
 
-    def reset(self, *, timeout_seconds: float | None = None) -> None:
-        """Start afresh after the chunks handed in before: the next step starts from the initial state."""
-        deadline = self._client._deadline(timeout_seconds)
-        future = self._submit(None, deadline)
-        _wait(future, deadline, self._late(deadline.seconds, "the reset"))
-        future.result()
+    def reset(self, *, to: Mapping[str, npt.ArrayLike] | None = None, timeout_seconds: float | None = None) -> None:
+        """Start afresh after the chunks handed in before: from the initial state, or from another (``to``).
+
+        What :meth:`set_state` says of states holds for ``to``. The generation is one higher from then on.
+        """
+        payload = RESET if to is None else self._given(wire.Operation.RESET_TO, to)
+        self._carry_out(payload, "the reset", self._client._deadline(timeout_seconds))
+
+    def state(self, *, timeout_seconds: float | None = None) -> dict[str, Array]:
+        """The state after the chunks handed in before: the contract's states by name, ``[*shape]`` each.
+
+        Without a batch axis. Raises what :meth:`push` raises.
+        """
+        states: dict[str, Array] = self._carry_out(GET_STATE, "the request", self._client._deadline(timeout_seconds))
+        return states
+
+    def set_state(self, states: Mapping[str, npt.ArrayLike], *, timeout_seconds: float | None = None) -> None:
+        """Go on from another state after the chunks handed in before: one that :meth:`state` gave, or one's own.
+
+        All states of the contract by name, ``[*shape]`` each; numbers are converted where that is safe. The generation
+        stays; :meth:`reset` with ``to`` is a fresh start from a state.
+
+        Raises, besides what :meth:`push` raises:
+            TypeError, ValueError: not the states of the model; nothing was sent.
+            Refused: ``state_mismatch``: the daemon serves other weights, or states, than it told; ``not_finite``.
+        """
+        payload = self._given(wire.Operation.PUT, states)
+        self._carry_out(payload, "the state", self._client._deadline(timeout_seconds))
+
+    def _carry_out(self, payload: Payload, what: str, deadline: "_Deadline") -> Any:
+        return self._result(self._submit(payload, deadline), deadline, what)
+
+    def _result(self, future: Future[Any], deadline: "_Deadline", what: str) -> Any:
+        _wait(future, deadline, self._late(deadline.seconds, what))
+        return future.result()
 
     def close(self, *, timeout_seconds: float | None = None) -> None:
         """Answer what was handed in before, then forget the stream and its state, here and in the daemon."""
@@ -360,14 +402,14 @@ class Stream(OpenStream):
         _wait(reply, deadline, late)
         reply.result()
 
-    def _record(self, payload: Payload | None, starts_by: float = math.inf) -> Record:
+    def _record(self, payload: Payload, starts_by: float = math.inf) -> Record:
         return Record(_Reply(self._room), payload, starts_by)
 
     def _take_room(self, deadline: "_Deadline") -> None:
         if not self._room.acquire(timeout=deadline.left()):
             raise self._no_room(deadline.seconds)
 
-    def _submit(self, payload: Payload | None, deadline: "_Deadline", starts_by: float = math.inf) -> Future[Any]:
+    def _submit(self, payload: Payload, deadline: "_Deadline", starts_by: float = math.inf) -> Future[Any]:
         record = self._record(payload, starts_by)
         self._take_room(deadline)
         self._client._hand_over(lambda: self._client._session.submit(self._writer, (record,)))

@@ -1,6 +1,7 @@
 """What the threaded and the asyncio client share: what their objects tell, and how a call becomes a request."""
 
 import math
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, get_args
 
@@ -40,17 +41,17 @@ class OpenStream:
 
     @property
     def generation(self) -> int:
-        """The stream's fresh starts so far: openings with mode ``new``, resets, expiries."""
+        """The stream's fresh starts so far: openings with mode ``new``, resets (also to a state), expiries."""
         return self._writer.backlog.generation
 
     @property
     def last_seq(self) -> int:
-        """Number of the chunk or reset up to which everything is answered."""
+        """Number of the chunk, reset or other record up to which everything is answered."""
         return self._writer.backlog.last_seq
 
     @property
     def fresh(self) -> bool:
-        """Whether no step has been taken since the fresh start, as far as answers have come."""
+        """Whether it stands at its initial state, as far as answers have come: no step taken, and no state given."""
         return self._writer.fresh
 
     @property
@@ -82,9 +83,18 @@ class OpenStream:
     def _payload(self, x: npt.ArrayLike) -> Payload:
         """A chunk for the wire. Raises TypeError or ValueError for what the model cannot take."""
         payload = self.signature.payload(x)
-        if len(payload.data) + wire.HEADER_BYTES > self._max_message_bytes:
-            raise ValueError(f"a chunk of {payload.steps} steps is over the daemon's {self._max_message_bytes} bytes")
+        self._check_size(payload, f"a chunk of {payload.steps} steps")
         return payload
+
+    def _given(self, operation: wire.Operation, states: Mapping[str, npt.ArrayLike]) -> Payload:
+        """A state for the wire. Raises TypeError or ValueError for what is none of the model."""
+        payload = self.signature.given(operation, states)
+        self._check_size(payload, "a state of this model")
+        return payload
+
+    def _check_size(self, payload: Payload, what: str) -> None:
+        if len(payload.data) + wire.HEADER_BYTES > self._max_message_bytes:
+            raise ValueError(f"{what} is over the daemon's {self._max_message_bytes} bytes")
 
     @property
     def _max_message_bytes(self) -> int:

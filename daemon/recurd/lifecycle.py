@@ -334,7 +334,10 @@ class Lifecycle:
         peer.rights.demand_stream(name, source.lane.name)
         if self._streams.named(peer.tenant, name) is not None or self._streams.is_reserved(peer.tenant, name):
             raise Refused(Code.EXISTS, f"there is a stream '{name}' already")
-        self._check_moved(name, peer)
+        ending = self._streams.ending(peer.tenant, name)
+        if ending is not None and ending.redirect is not None:
+            # Told that it has moved, the client would take its own stream for moved and follow.
+            raise Refused(Code.EXISTS, f"there is a stream '{name}' already, at {ending.redirect.endpoint}")
         self.check_room(source.lane, peer.tenant)
 
     def reserve(self, source: Stream, name: str) -> None:

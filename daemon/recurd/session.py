@@ -30,6 +30,8 @@ JOIN_BYTES = 256 * 1024
 #: Codes of a HELLO's ERROR after which it is said again.
 _HELLO_AGAIN = frozenset({Code.BUSY, Code.DRAINING, Code.INTERNAL, Code.HELLO_REQUIRED})
 
+_ANSWERS = frozenset(wire.ANSWERS.values())
+
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
     """The session's patience."""
@@ -114,7 +116,7 @@ class Session:
         return writer
 
     def submit(self, writer: Writer, records: Iterable[Record]) -> None:
-        """Send chunks and resets of a stream, in order, after those before."""
+        """Send records of a stream, in order, after those before."""
         for record in records:
             writer.submit(record)
             if record.starts_by < writer.late_at:
@@ -300,7 +302,7 @@ class Session:
             self.disconnected(now)
 
     def _receive_one(self, header: wire.Header, payload: wire.Buffer, now: float) -> None:
-        if header.type in (wire.Type.RESULT, wire.Type.DONE):
+        if header.type in _ANSWERS:
             writer = self._by_handle.get(header.handle)
             if writer is not None:
                 self._pause = self.limits.reconnect_seconds
@@ -389,7 +391,7 @@ class Session:
             self.disconnected(now)
         elif isinstance(error, Refused) and error.endpoint is not None:
             self._moved(header, error, now)
-        elif body.in_reply_to in (wire.Type.CHUNK, wire.Type.RESET):
+        elif body.in_reply_to in wire.RECORDS:
             if writer := self._by_handle.get(header.handle):
                 writer.refused(header.seq, header.flags & wire.ATTEMPT, error, now)
                 self._settle(writer)

@@ -5,6 +5,8 @@ client needs numpy and msgspec alone.
 """
 
 import math
+from collections.abc import Mapping
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import msgspec
@@ -13,6 +15,7 @@ import numpy.typing as npt
 
 from recurd import wire
 from recurd.errors import Code, Refused
+from recurd.layout import Layout
 
 Array = npt.NDArray[Any]
 #: One head: its array. Several heads: a dictionary of arrays by head name.
@@ -20,12 +23,36 @@ Result = Array | dict[str, Array]
 
 
 class Payload(NamedTuple):
-    """One chunk, ready for the wire."""
+    """What one record says, ready for the wire: a chunk unless ``type`` says otherwise."""
 
     data: bytes
     steps: int
     width: int
     dtype: wire.Dtype
+    type: wire.Type = wire.Type.CHUNK
+    #: The operation of a STATE.
+    flags: int = 0
+
+    @property
+    def starts_afresh(self) -> bool:
+        """Whether it makes the stream's generation one higher."""
+        return self.type is not wire.Type.CHUNK and wire.starts_afresh(self.type, self.flags)
+
+
+def _order(type: wire.Type, flags: int = 0, data: bytes = b"") -> Payload:
+    """A record without steps."""
+    return Payload(data, 0, 0, wire.Dtype.JSON, type, flags)
+
+
+RESET = _order(wire.Type.RESET)
+GET_STATE = _order(wire.Type.STATE, wire.Operation.GET)
+
+
+def clone(name: str) -> Payload:
+    """Asks for a clone of a stream. Raises TypeError."""
+    if not isinstance(name, str):
+        raise TypeError(f"a stream's name is a string, not {name!r}")
+    return _order(wire.Type.STATE, wire.Operation.CLONE, name.encode("utf-8", "surrogatepass"))
 
 
 class _Input(msgspec.Struct, frozen=True):
@@ -48,18 +75,27 @@ class Head(msgspec.Struct, frozen=True):
         return math.prod(self.shape)
 
 
+class _State(msgspec.Struct, frozen=True):
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
 class _Contract(msgspec.Struct, frozen=True):
     input: _Input
     heads: tuple[Head, ...]
     causal: bool = True
+    states: tuple[_State, ...] = ()
+    state_hash: str = ""
 
 
 class Signature:
-    """Input and heads of one model. Immutable; shared by all streams of the model."""
+    """Input, heads and states of one model. Immutable; shared by all streams of the model."""
 
     def __init__(self, contract: dict[str, Any]) -> None:
         fields = msgspec.convert(contract, _Contract)
         self.contract = contract
+        self._fields = fields
         self.heads = fields.heads
         #: Shape of one step: ``(features,)``, or ``()`` for token ids.
         self.shape = fields.input.shape
@@ -113,6 +149,28 @@ class Signature:
     def _expected(self) -> str:
         names = ", ".join(["steps", *map(str, self.shape)])
         return f"[{names}] {self._dtype.name}" + (" (or [steps])" if self.shape == (1,) else "")
+
+    def given(self, operation: wire.Operation, states: Mapping[str, npt.ArrayLike]) -> Payload:
+        """A put or reset-to. Raises TypeError or ValueError for what is no state of the model."""
+        return _order(wire.Type.STATE, operation, self._layout.pack(self._layout.join(states)))
+
+    @cached_property
+    def _layout(self) -> Layout:
+        return Layout(self._fields.state_hash, self._fields.states)
+
+    def value(self, sent: Payload, header: wire.Header, payload: wire.Buffer) -> "Result | None":
+        """What the answer to a record tells: a chunk's result, the states by name after a get, else nothing.
+
+        Raises :class:`Refused` when the payload is not the contract's.
+        """
+        if sent.type is wire.Type.CHUNK:
+            return self.result(header, payload)
+        if sent is not GET_STATE:
+            return None
+        try:
+            return self._layout.split(self._layout.unpack(payload))
+        except (TypeError, ValueError) as error:
+            raise Refused(Code.BAD_FRAME, f"the states of the contract cannot be read here: {error}") from error
 
     def result(self, header: wire.Header, payload: wire.Buffer) -> Result:
         """The heads of a RESULT: ``[steps, *shape]`` each, ``[*shape]`` for a head that gives one output a chunk.

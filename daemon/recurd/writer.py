@@ -244,15 +244,10 @@ class Writer:
         self._answers.extend(Answer(record.token, None, Refused(Code.LATE, text)) for record in late)
 
     def _packed(self, seq: int, record: Record, now: float) -> wire.Record:
-        payload, flags, ack = record.payload, record.attempt, self.backlog.last_seq
-        if payload is None:
-            reset = wire.pack(
-                wire.Type.RESET, flags=flags, generation=record.generation, handle=self.handle, seq=seq, ack=ack
-            )
-            return reset, b""
+        payload = record.payload
         header = wire.pack(
-            wire.Type.CHUNK,
-            flags=flags,
+            payload.type,
+            flags=payload.flags | record.attempt,
             code=0 if record.starts_by == math.inf else _milliseconds(record.starts_by - now),
             dtype=payload.dtype,
             size=len(payload.data),
@@ -261,7 +256,7 @@ class Writer:
             generation=record.generation,
             handle=self.handle,
             seq=seq,
-            ack=ack,
+            ack=self.backlog.last_seq,
         )
         return header, payload.data
 
@@ -291,7 +286,7 @@ class Writer:
     # --- answers ---
 
     def answered(self, header: wire.Header, payload: wire.Buffer, now: float) -> None:
-        """RESULT or DONE came. One that is not awaited (any more) is dropped."""
+        """RESULT, DONE or STATE_OF came. One that is not awaited (any more) is dropped."""
         record = self.backlog.in_flight.get(header.seq)
         if record is None:
             return
@@ -303,14 +298,13 @@ class Writer:
         self._reopened = False
         if self._window < self._credit:
             self._window += 1
-        self.fresh = record.payload is None
-        if record.payload is None:
-            self._answers.append(Answer(record.token, None, None))
-            return
-        self.last_fresh = bool(header.flags & _FRESH)
+        is_chunk, is_fresh = header.type == wire.Type.RESULT, bool(header.flags & _FRESH)
+        self.fresh = is_fresh and not is_chunk
+        if is_chunk:
+            self.last_fresh = is_fresh
         assert self.signature is not None  # set with the first OPENED
         try:
-            self._answers.append(Answer(record.token, self.signature.result(header, payload), None))
+            self._answers.append(Answer(record.token, self.signature.value(record.payload, header, payload), None))
         except Refused as error:
             self._answers.append(Answer(record.token, None, error))
 
@@ -320,8 +314,8 @@ class Writer:
 
     def _is_not_ours(self, header: wire.Header, record: Record) -> bool:
         """Whether somebody else's record ran under this number: no code says so, but this gives it away."""
-        is_reset = record.payload is None
-        if is_reset != (header.type == wire.Type.DONE) or header.generation != record.generation + is_reset:
+        sent = record.payload
+        if header.type != wire.ANSWERS[sent.type] or header.generation != record.generation + sent.starts_afresh:
             return True
         return bool(header.flags & _GONE or (header.flags & _DUPLICATE and record.sent == 1))
 

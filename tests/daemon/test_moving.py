@@ -423,4 +423,6 @@ def test_a_clone_does_not_take_the_name_of_a_stream_that_has_moved(here: Desk, t
     move(here, there)
     handle = other.handle("s")
 
-    assert other.ask(state(handle, 1, Operation.CLONE, b"t")).code == "moved"
+    refused = other.ask(state(handle, 1, Operation.CLONE, b"t"))
+    assert (refused.code, refused.body["text"]) == ("exists", f"there is a stream 't' already, at {B}")
+    assert "endpoint" not in refused.body  # where its client would go

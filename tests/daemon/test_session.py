@@ -19,7 +19,7 @@ from recurd.engine import Engine
 from recurd.errors import Broken, Code, RecurdError, Refused
 from recurd.lifecycle import Identity
 from recurd.session import Limits, Session
-from recurd.signature import Payload
+from recurd.signature import GET_STATE, RESET, Payload, clone
 from recurd.stats import Stats
 from recurd.writer import Writer
 
@@ -27,6 +27,8 @@ CONTRACT = {
     "name": "sum",
     "input": {"dtype": "float32", "shape": [1]},
     "heads": [{"name": "total", "dtype": "float32", "shape": [1]}],
+    "states": [{"name": "h", "dtype": "float32", "shape": [1]}],
+    "state_hash": "ab" * 32,
 }
 
 
@@ -74,6 +76,7 @@ class Reference:
             wire.Type.OPEN: self.on_open,
             wire.Type.CHUNK: self.on_record,
             wire.Type.RESET: self.on_record,
+            wire.Type.STATE: self.on_record,
             wire.Type.CLOSE: self.on_close,
             wire.Type.PING: lambda header, _, peer: self.say(peer, (wire.pack(wire.Type.PONG, seq=header.seq), b"")),
         }
@@ -149,11 +152,15 @@ class Reference:
         assert header.seq - header.ack <= self.credit
         if self.busy:
             return self.refuse(peer, header, Code.BUSY, expected=header.seq, retry_after_seconds=0.5)
-        steps = np.frombuffer(payload, "<f4")
+        if header.type == wire.Type.STATE:
+            assert not payload or header.flags & 15 == wire.Operation.CLONE or payload[:32] == b"\xab" * 32
+            steps = np.frombuffer(payload, "u1")
+        else:
+            steps = np.frombuffer(payload, "<f4")
         if not np.isfinite(steps).all():
             return self.refuse(peer, header, Code.NOT_FINITE)
         life.accepted = header.seq
-        life.generation += header.type == wire.Type.RESET
+        life.generation += wire.starts_afresh(header.type, header.flags)
         life.queue.append((header, steps))
         return None
 
@@ -178,18 +185,21 @@ class Reference:
     def work(self) -> bool:
         """Answer one record of every stream; whether there was one."""
         worked = False
-        for life in self.lives.values():
+        for life in list(self.lives.values()):
             if life.queue:
                 self.answer(life, *life.queue.pop(0))
                 worked = True
         return worked
 
     def answer(self, life: Life, header: wire.Header, steps: np.ndarray) -> None:
+        if header.type == wire.Type.STATE:
+            return self.answer_state(life, header, steps.tobytes())
         is_reset = header.type == wire.Type.RESET
         sums = (life.total + np.cumsum(steps)).astype("<f4")
         life.total = 0.0 if is_reset else float(sums[-1])
         record = wire.pack(
             wire.Type.DONE if is_reset else wire.Type.RESULT,
+            flags=wire.Flag.FRESH if is_reset else 0,
             dtype=0 if is_reset else wire.Dtype.FLOAT32,
             size=sums.nbytes,
             steps=len(sums),
@@ -199,9 +209,30 @@ class Reference:
             seq=header.seq,
             ack=life.accepted,
         )
-        life.answers[header.seq] = (record, sums.tobytes())
+        return self.tell(life, header, (record, sums.tobytes()))
+
+    def answer_state(self, life: Life, header: wire.Header, data: bytes) -> None:
+        operation, payload = header.flags & wire.OPERATION, b""
+        if operation == wire.Operation.GET:
+            payload = b"\xab" * 32 + np.float32(life.total).tobytes()
+        elif operation == wire.Operation.CLONE:
+            self.lives[data.decode()] = Life(life.handle * 1000 + header.seq, total=life.total)
+        else:
+            life.total = float(np.frombuffer(data[32:], "<f4")[0])
+        record = wire.pack(
+            wire.Type.STATE_OF,
+            size=len(payload),
+            generation=header.generation + wire.starts_afresh(header.type, header.flags),
+            handle=life.handle,
+            seq=header.seq,
+            ack=life.accepted,
+        )
+        self.tell(life, header, (record, payload))
+
+    def tell(self, life: Life, header: wire.Header, record: wire.Record) -> None:
+        life.answers[header.seq] = record
         if life.peer is not None:
-            self.say(life.peer, life.answers[header.seq])
+            self.say(life.peer, record)
 
 
 class Real:
@@ -375,7 +406,20 @@ class Pair:
         self.turn()
 
     def reset(self, writer: Writer, token: str) -> None:
-        self.session.submit(writer, [Record(token, None)])
+        self.session.submit(writer, [Record(token, RESET)])
+        self.turn()
+
+    def get(self, writer: Writer, token: str) -> None:
+        self.session.submit(writer, [Record(token, GET_STATE)])
+        self.turn()
+
+    def give(self, writer: Writer, token: str, operation: wire.Operation, value: float) -> None:
+        assert writer.signature is not None
+        self.session.submit(writer, [Record(token, writer.signature.given(operation, {"h": [value]}))])
+        self.turn()
+
+    def clone(self, writer: Writer, token: str, name: str) -> None:
+        self.session.submit(writer, [Record(token, clone(name))])
         self.turn()
 
     def close(self, writer: Writer, token: str) -> None:
@@ -948,6 +992,8 @@ _COMMON = st.one_of(
 )
 _RARE = st.one_of(
     st.tuples(st.just("reset"), st.sampled_from(_STREAMS)),
+    st.tuples(st.sampled_from(["get", "clone"]), st.sampled_from(_STREAMS)),
+    st.tuples(st.sampled_from(["put", "reset_to"]), st.sampled_from(_STREAMS), st.integers(10, 99)),
     st.tuples(st.just("disconnect")),
     st.tuples(st.just("deliver_late")),
     st.tuples(st.just("lose_answers")),
@@ -972,7 +1018,9 @@ class Course:
     def __init__(self, pair: Pair) -> None:
         self.pair = pair
         self.writers = {name: pair.open(name) for name in _STREAMS}
-        self.asked: dict[str, list[tuple[str, float | None]]] = {name: [] for name in _STREAMS}
+        pair.exchange()
+        #: Token, what it asks for, and with which value.
+        self.asked: dict[str, list[tuple[str, str, float]]] = {name: [] for name in _STREAMS}
         self.may_be_late: set[str] = set()
         self.closes = self.restarts = 0
         self.closed: set[str] = set()
@@ -980,12 +1028,23 @@ class Course:
     def do(self, name: str, *arguments: Any) -> None:
         if name == "push":
             stream, value, *expires = arguments
-            token = self.ask(stream, value)
+            token = self.ask(stream, name, value)
             self.may_be_late |= {token for _ in expires}
             self.pair.push(self.writers[stream], token, value, expires=expires[0] if expires else math.inf)
         elif name == "reset":
             (stream,) = arguments
-            self.pair.reset(self.writers[stream], self.ask(stream, None))
+            self.pair.reset(self.writers[stream], self.ask(stream, name, 0.0))
+        elif name == "get":
+            (stream,) = arguments
+            self.pair.get(self.writers[stream], self.ask(stream, name, 0.0))
+        elif name == "clone":
+            (stream,) = arguments
+            token = self.ask(stream, name, 0.0)
+            self.pair.clone(self.writers[stream], token, f"clone {token}")
+        elif name in ("put", "reset_to"):
+            stream, value = arguments
+            token = self.ask(stream, name, value)
+            self.pair.give(self.writers[stream], token, wire.Operation[name.upper()], value)
         elif name == "close":
             self.closes += 1
             self.closed.add(arguments[0])
@@ -1001,9 +1060,9 @@ class Course:
             self.restarts += name == "restart_daemon"
             getattr(self.pair, name)(*arguments)
 
-    def ask(self, stream: str, value: float | None) -> str:
+    def ask(self, stream: str, what: str, value: float) -> str:
         token = f"{stream}{len(self.asked[stream])}"
-        self.asked[stream].append((token, value))
+        self.asked[stream].append((token, what, value))
         return token
 
     def check(self) -> None:
@@ -1012,10 +1071,10 @@ class Course:
         for stream in _STREAMS:
             total, over = 0.0, False
             may_end = self.restarts or stream in self.closed
-            for token, value in self.asked[stream]:
+            for token, what, value in self.asked[stream]:
                 outcome = self.pair.outcomes[token]  # a KeyError is a request that was never answered
                 if isinstance(outcome, Refused) and outcome.code is Code.NOT_FINITE:
-                    assert math.isnan(value or 0.0)
+                    assert math.isnan(value)
                 elif isinstance(outcome, Refused) and outcome.code is Code.LATE:
                     assert token in self.may_be_late
                 elif isinstance(outcome, RecurdError):
@@ -1023,8 +1082,24 @@ class Course:
                     over = True
                 else:
                     assert not over, "a lost stream went on"
-                    total = 0.0 if value is None else total + value
-                    assert value is None or outcome.ravel().tolist() == [total]
+                    total = self.check_one(token, what, value, total)
+
+    def check_one(self, token: str, what: str, value: float, total: float) -> float:
+        """Hold an answer against the total before it; the total after it."""
+        outcome = self.pair.outcomes[token]
+        if what == "push":
+            assert outcome.ravel().tolist() == [total + value]
+            return total + value
+        if what == "get":
+            assert outcome["h"].tolist() == [total]
+            return total
+        assert outcome is None
+        if what == "clone" and not self.restarts:
+            writer = self.pair.open(f"clone {token}", "resume")
+            self.pair.get(writer, f"state of clone {token}")
+            self.pair.exchange()
+            assert self.pair.outcomes[f"state of clone {token}"]["h"].tolist() == [total]
+        return total if what == "clone" else value
 
 
 @pytest.mark.parametrize("kind", [Reference, Real])
