@@ -150,9 +150,10 @@ class Life:
     async def open(self, client: aio.Client) -> None:
         """Take it up where it was left, or start afresh where it has expired meanwhile."""
         anew = self._random.random() < 0.1
+        begin = time.monotonic()
         stream = self._stream = await client.open(self.name, mode="new" if anew else "auto")
         if stream._writer.handle != self._handle:
-            idle = time.monotonic() - self._touched_at
+            idle = time.monotonic() - self._touched_at  # at least what the daemon counted
             if not anew and self._handle and idle < IDLE_SECONDS:
                 self._counts.lose(f"{self.name} started afresh {idle:.2f} s after its last record")
             self._counts.done["new" if anew or not self._handle else "expired"] += 1
@@ -167,7 +168,7 @@ class Life:
         for _, future in self._under_way:
             future.exception()  # nobody asks for it otherwise
         self._under_way.clear()
-        self._touched_at = time.monotonic()
+        self._touched_at = begin
 
     async def act(self) -> None:
         """Do something with it."""

@@ -206,7 +206,7 @@ class Server:
         if self._gate is not None:
             self._receive_from_users()
             return
-        receive, now = self._engine.receive, time.monotonic()
+        receive, clock = self._engine.receive, time.monotonic
         room = self._config.tick.receive_records
         while room > 0:
             try:
@@ -214,11 +214,11 @@ class Server:
             except zmq.Again:
                 return
             # Anything but exactly one frame is no message of ours; an empty one is refused as such.
-            room -= receive(frames[0] if len(frames) == 1 else b"", routing_id, now)
+            room -= receive(frames[0] if len(frames) == 1 else b"", routing_id, clock())
 
     def _receive_from_users(self) -> None:
         """The same, with whom each message is from: the routing id does not say, as a client may take another's."""
-        receive, now = self._engine.receive, time.monotonic()
+        receive, clock = self._engine.receive, time.monotonic
         room = self._config.tick.receive_records
         while room > 0:
             try:
@@ -227,7 +227,7 @@ class Server:
                 return
             # Only over ipc is nobody asked who it is.
             user = (auth.user_of(frames[-1]) if frames else "") or self._unnamed
-            room -= receive(frames[0].bytes if len(frames) == 1 else b"", routing_id.bytes, now, user)
+            room -= receive(frames[0].bytes if len(frames) == 1 else b"", routing_id.bytes, clock(), user)
 
     def _change(self) -> None:
         """Between two ticks: what whoever runs the daemon asks for, and what has come of it."""
