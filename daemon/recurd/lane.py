@@ -149,13 +149,14 @@ class Lane:
         """Count a chunk that is about to be queued. Raises :class:`Refused` (``busy``, ``limit``) without room for it.
 
         The first one a stream has waiting is counted but always let in, as far as the bytes go and if its one turn in
-        line will not be very late: streams that send much must not lock out those that send little.
+        line will not be very late: streams that send much must not lock out those that send little. Nor must those that
+        do not acknowledge their results lock out those that do.
         """
         room, size, is_first, share = self._room, chunk.data.nbytes, not stream.queue, stream.share
         if (
             (room.chunks >= room.max_chunks and not is_first)
             or room.bytes + size > room.max_bytes
-            or room.retained >= room.max_retained
+            or room.retained >= room.max_retained * (1 if stream.answers else 2)
         ):
             raise room.refusal()
         wait_seconds = self.scheduler.wait_seconds(stream)

@@ -24,13 +24,18 @@ def pump(tmp_path_factory: pytest.TempPathFactory) -> Model:
 def test_results_that_nobody_acknowledges_fill_a_bounded_room(pump: Model) -> None:
     desk = Desk({"pump": pump}, Config(limits=Limits(retained_bytes=3 * RESULT, queued_bytes=10**6)))
     caller = desk.connect()
-    handles = [caller.handle(f"s{number}") for number in range(4)]
+    handles = [caller.handle(f"s{number}") for number in range(7)]
     for handle in handles[:3]:
         assert caller.run(chunk(handle, 1, X))[0].type == Type.RESULT
 
-    (refused,) = caller.run(chunk(handles[3], 1, X))
+    (refused,) = caller.run(chunk(handles[1], 2, X))
     assert refused.code == "busy"
     assert refused.body["retry_after_seconds"] > 0
+    # who has none that waits to be acknowledged is let in, as long as it is not twice too much
+    assert [caller.run(chunk(handle, 1, X))[0].code for handle in handles[3:]] == ["", "", "", "busy"]
+    for handle in handles[2:6]:
+        caller.send(chunk(handle, 1, X, ack=1))
+    caller.take()
     (next_one,) = caller.run(chunk(handles[0], 2, X, ack=1))
     assert next_one.type == Type.RESULT
 
