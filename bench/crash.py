@@ -1,8 +1,9 @@
 """Kills a durable daemon again and again while clients stream, and holds all they got against a run without a crash.
 
-Every stream sends chunks of random lengths, now and then a reset. The daemon is killed with SIGKILL at random moments
-of their work and started again; the clients go on by themselves. At the end every result, and every final state in the
-journal, must be bit for bit what the model gives when each stream runs alone.
+Every stream sends chunks of random lengths, now and then a reset or something with its whole state: it is asked for,
+set, started from, or cloned. The daemon is killed with SIGKILL at random moments of their work and started again; the
+clients go on by themselves. At the end every result, every state that was told, those of the clones, and every final
+state in the journal must be bit for bit what the model gives when each stream runs alone.
 
     python bench/crash.py pump.onnx --kills 20
     python bench/crash.py pump.onnx --seconds 3600 --mode power
@@ -38,10 +39,14 @@ from witness import Witness, result_bytes
 
 Array = npt.NDArray[Any]
 
-#: Steps of the longest chunk, records a stream has in flight, and one record in so many is a reset.
+States = dict[str, Array]
+
+#: Steps of the longest chunk, records a stream has in flight, and one record in so many is no chunk.
 MAX_STEPS = 20
 IN_FLIGHT = 4
-RESET_EVERY = 25
+ORDER_EVERY = 16
+#: What is no chunk.
+ORDERS = ("reset", "reset", "get", "put", "reset to", "clone")
 #: Answers that come between two kills, at most.
 MAX_ANSWERS = 1000
 READY_SECONDS = 60.0
@@ -69,15 +74,26 @@ class Script:
     """What one stream sends: the same at every reading."""
 
     def __init__(self, contract: Contract, seed: int, stream: int) -> None:
+        self._contract = contract
         self._inputs = Inputs.of(contract)
         self._seed = (seed, stream)
 
-    def record(self, seq: int) -> Array | None:
-        """The chunk with this seq (from 1), or ``None``: a reset."""
+    def record(self, seq: int) -> Array | str:
+        """The chunk with this seq (from 1), or one of :data:`ORDERS`."""
         draw = np.random.default_rng((*self._seed, seq))
-        if seq > 1 and draw.integers(RESET_EVERY) == 0:
-            return None
+        if seq > 1 and draw.integers(ORDER_EVERY) == 0:
+            return str(draw.choice(ORDERS))
         return self._inputs.draw([int(draw.integers(1, MAX_STEPS + 1))], draw)[0]
+
+    def states(self, seq: int) -> States:
+        """The states that the order with this seq gives."""
+        draw = np.random.default_rng((*self._seed, seq, 1))
+        return {
+            state.name: draw.uniform(-1, 1, state.shape).astype(state.dtype)
+            if np.dtype(state.dtype).kind == "f"
+            else draw.integers(0, 9, state.shape).astype(state.dtype)
+            for state in self._contract.states
+        }
 
 
 class Daemon:
@@ -136,14 +152,28 @@ class Client:
 
     def _submit(self, number: int) -> None:
         self._sent[number] += 1
-        x = self._scripts[number].record(self._sent[number])
-        if x is None:
-            self._streams[number].reset()
+        record = self._scripts[number].record(self._sent[number])
+        if isinstance(record, str):
             answered: Future[Any] = Future()
-            answered.set_result(None)
+            answered.set_result(self._carry_out(record, number))
             self._waiting[number].append(answered)
         else:
-            self._waiting[number].append(self._streams[number].submit(x))
+            self._waiting[number].append(self._streams[number].submit(record))
+
+    def _carry_out(self, order: str, number: int) -> States | None:
+        stream, seq = self._streams[number], self._sent[number]
+        if order == "get":
+            return stream.state()
+        if order == "clone":
+            clone = self._client.clone(stream, f"clone {number} {seq}")
+            states = clone.state()
+            clone.close()
+            return states
+        if order == "put":
+            stream.set_state(self._scripts[number].states(seq))
+        else:
+            stream.reset(to=self._scripts[number].states(seq) if order == "reset to" else None)
+        return None
 
     def _collect(self, number: int, *, wait: bool) -> None:
         waiting = self._waiting[number]
@@ -240,11 +270,15 @@ def _compare(reference: Model, script: Script, answers: list[Any], stored: Any) 
     counts: Counter[str] = Counter()
     witness = Witness(reference)
     for seq, answer in enumerate(answers, start=1):
-        x = script.record(seq)
-        if x is None:
+        record = script.record(seq)
+        if not isinstance(record, str):
+            counts["wrong"] += witness.run(record) != result_bytes(answer)
+        elif record == "reset":
             witness.reset()
+        elif record in ("put", "reset to"):
+            witness.put(script.states(seq))
         else:
-            counts["wrong"] += witness.run(x) != result_bytes(answer)
+            counts["wrong"] += result_bytes(witness.states) != result_bytes(answer)
     counts["lost"] += max(0, len(answers) - stored.seq)
     counts["doubled"] += max(0, stored.seq - len(answers))
     counts["state"] += stored.state != witness.state

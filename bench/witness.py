@@ -29,6 +29,18 @@ class Witness:
         """Start afresh."""
         self._fresh = True
 
+    def put(self, states: dict[str, Array]) -> None:
+        """Go on from other states."""
+        self._model.write(self._slots, {name: value[None] for name, value in states.items()})
+        self._fresh = False
+
+    @property
+    def states(self) -> dict[str, Array]:
+        """Its states by name."""
+        if self._fresh:
+            return {state.name: state.initial_array() for state in self._model.contract.states}
+        return {name: value[0] for name, value in self._model.read(self._slots).items()}
+
     @property
     def state(self) -> bytes | None:
         """Its rows of all arenas; ``None`` at a fresh start."""

@@ -65,14 +65,15 @@ class SavedStream(msgspec.Struct, frozen=True, array_like=True):
     @classmethod
     def of(cls, stream: Stream, state: bytes | None) -> "SavedStream":
         """A stream as it stands now; ``state`` is ``None`` for one that stands at a fresh start (:func:`is_fresh`)."""
-        # Fresh starts that wait in the queue have not happened yet.
-        resets = sum(record.starts_afresh for record in stream.queue)
+        generation = stream.generation
+        if stream.queue:  # what waits there has not happened yet
+            generation = stream.queue[0].generation - stream.queue[0].starts_afresh
         return cls(
             stream.tenant,
             stream.name,
             stream.lane.name,
             stream.first_generation,
-            stream.generation - resets,
+            generation,
             stream.answered,
             stream.acked,
             stream.idle_timeout,
