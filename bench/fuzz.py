@@ -26,6 +26,7 @@ from recurd import wire
 from recurd.config import Config, override
 from recurd.engine import Engine
 from recurd.errors import Code
+from recurd.layout import Layout
 from recurd.lifecycle import Identity
 from recurd.model import Model
 from recurd.stats import Stats
@@ -80,6 +81,7 @@ class Maker:
         self._contract = model.contract
         self._draw = np.random.default_rng(seed)
         self._inputs = Inputs.of(model.contract)
+        self._layout = Layout(model.contract.state_hash, model.contract.states)
         #: By connection: handle -> next seq and generation, as the daemon told.
         self.known: list[dict[int, list[int]]] = [{} for _ in range(CONNECTIONS)]
         #: Connections that were told to say HELLO.
@@ -178,6 +180,12 @@ class Maker:
         if self.random.random() < 0.1:
             state[1] += 1
             return wire.pack(Type.RESET, handle=handle, seq=seq, generation=generation, ack=ack), b""
+        if self.random.random() < 0.1:
+            order = self.random.choice((*wire.Operation, self.random.randrange(256)))
+            state[1] += order == wire.Operation.RESET_TO
+            data = self._order(order)
+            fields = {"handle": handle, "seq": seq, "generation": generation, "ack": ack, "flags": order}
+            return wire.pack(Type.STATE, size=len(data), **fields), data
         (x,) = self._inputs.draw([self.random.choice((1, 1, 2, 5, 40))], self._draw)
         if x.dtype == np.float32 and self.random.random() < 0.02:
             x.flat[0] = self.random.choice((np.nan, np.inf, 1e38))
@@ -189,6 +197,21 @@ class Maker:
         dtype = wire.DTYPES[x.dtype.name]
         data = x.tobytes()
         return wire.pack(Type.CHUNK, dtype=dtype, size=len(data), width=x[0].size, **fields), data
+
+    def _order(self, order: int) -> bytes:
+        """What a STATE carries: mostly what its operation takes."""
+        draw = self.random.random()
+        if draw < 0.1:
+            return self.random.randbytes(self.random.choice((0, 1, 31, 32, 33, 2000)))
+        if order == wire.Operation.CLONE:
+            name = self.random.choice((f"s{self.random.randrange(60)}", f"c{self.random.randrange(60)}", *WORDS))
+            return name.encode("utf-8", "surrogatepass")
+        row = bytearray(self._layout.row_bytes)
+        if draw < 0.2:
+            row[:] = self.random.randbytes(len(row))  # NaN and infinity among it
+        elif draw < 0.25:
+            del row[self.random.randrange(len(row)) :]
+        return self._layout.pack(bytes(row))
 
     def _chunk(self) -> bytes:
         return wire.frame(self._record())
@@ -346,6 +369,9 @@ class Fuzz:
         engine = self._engine
         left = {
             "streams": len(engine._streams),
+            "names": len(engine._streams._per_tenant),
+            "streams of the model": engine._lanes[self._name].streams,
+            "bytes of states": self._stats.models[self._name].host_bytes,
             "slots": len(engine._lanes[self._name].slots),
             "queued chunks": engine._room.chunks,
             "queued bytes": engine._room.bytes,
