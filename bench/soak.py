@@ -142,10 +142,11 @@ class Life:
         self._random = random.Random(seed)
         self._draw = np.random.default_rng(seed)
         self._stream: aio.Stream | None = None
-        # as it was left: its handle, which names one life, how far it was, its last record, and what was under way
+        # as it was left: its handle, which names one life, how far it was, when the last record that was answered was
+        # handed in, and what was under way
         self._handle = self._seq = 0
         self._touched_at = 0.0
-        self._under_way: deque[tuple[Array, asyncio.Future[Any]]] = deque()
+        self._under_way: deque[tuple[Array, asyncio.Future[Any], float]] = deque()
 
     async def open(self, client: aio.Client) -> None:
         """Take it up where it was left, or start afresh where it has expired meanwhile."""
@@ -163,9 +164,9 @@ class Life:
             accepted = stream.last_seq - self._seq
             if not 0 <= accepted <= len(self._under_way):
                 self._counts.lose(f"{self.name} is at {stream.last_seq}, it was left at {self._seq}")
-            for x, _ in list(self._under_way)[:accepted]:
+            for x, _, _ in list(self._under_way)[:accepted]:
                 self._witness.run(x)
-        for _, future in self._under_way:
+        for _, future, _ in self._under_way:
             future.exception()  # nobody asks for it otherwise
         self._under_way.clear()
         self._touched_at = begin
@@ -179,8 +180,9 @@ class Life:
             await self._push(3, expires_seconds=self._random.choice((0.001, 0.005, 0.02)))
         elif draw < 0.75:
             await self._settle()
-            self._touched_at = time.monotonic()
+            begin = time.monotonic()
             await self.stream.reset()
+            self._touched_at = begin
             self._witness.reset()
             self._counts.done["reset"] += 1
         elif draw < 0.9:
@@ -215,9 +217,9 @@ class Life:
         await self._settle()
 
     async def _submit(self, count: int, expires_seconds: float | None = None) -> None:
-        self._touched_at = time.monotonic()
         for x in self._inputs.draw(self._draw.integers(1, MAX_STEPS + 1, count).tolist(), self._draw):
-            self._under_way.append((x, await self.stream.submit(x, expires_seconds=expires_seconds)))
+            begin = time.monotonic()
+            self._under_way.append((x, await self.stream.submit(x, expires_seconds=expires_seconds), begin))
 
     async def _settle(self) -> None:
         """Wait for everything under way, and compare it."""
@@ -227,11 +229,12 @@ class Life:
 
     def _take(self) -> None:
         """Compare what came for the oldest chunk under way."""
-        x, future = self._under_way[0]
+        x, future, begin = self._under_way[0]
         error = future.exception()
         if error is None:
             self._counts.done["result"] += 1
             self._counts.wrong += self._witness.run(x) != result_bytes(future.result())
+            self._touched_at = begin
         elif isinstance(error, Refused) and error.code is Code.LATE:
             self._counts.done["late"] += 1
         else:
