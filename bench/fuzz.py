@@ -353,7 +353,7 @@ class Fuzz:
             "connections": (len(engine._peers), limits.connections),
             "queued_chunks": (room.chunks, limits.queued_chunks + self._model.slots),
             "queued_bytes": (room.bytes, limits.queued_bytes),
-            "retained_bytes": (room.retained, limits.retained_bytes + limits.queued_bytes * 10),
+            "retained_bytes": (room.retained, 2 * limits.retained_bytes + limits.message_bytes),
             "slots": (len(engine._lanes[self._name].slots), self._model.slots),
             "streams": (len(engine._streams), 2 * limits.streams),
         }

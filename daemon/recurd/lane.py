@@ -95,6 +95,8 @@ class Lane:
         )
         self._room = room
         self._max_wait_seconds = config.limits.queued_seconds
+        #: Bytes of what is queued here.
+        self._queued_bytes = 0
         #: Whether a tick is out.
         self.busy = False
         # input
@@ -107,6 +109,7 @@ class Lane:
         # output
         self.result_dtype = int(wire.DTYPES[contract.heads[0].dtype])
         self.result_width = sum(head.width for head in contract.heads)
+        self._result_step_bytes = self.result_width * np.dtype(contract.heads[0].dtype).itemsize
         self._is_finite = _gives_finite(contract)
         self._heads = [(head.per == "step", head.width * np.dtype(head.dtype).itemsize) for head in contract.heads]
         # states
@@ -145,6 +148,11 @@ class Lane:
         """There is none for the states of so many more streams."""
         return self.slots.store is None and self.streams + count > self._max_streams
 
+    @property
+    def _due_bytes(self) -> int:
+        """Bytes of the results of what is queued: they will be kept until they are acknowledged."""
+        return self._queued_bytes * self._result_step_bytes // self._step_bytes
+
     def enter(self, stream: Stream, chunk: Chunk) -> None:
         """Count a chunk that is about to be queued. Raises :class:`Refused` (``busy``, ``limit``) without room for it.
 
@@ -156,7 +164,7 @@ class Lane:
         if (
             (room.chunks >= room.max_chunks and not is_first)
             or room.bytes + size > room.max_bytes
-            or room.retained >= room.max_retained * (1 if stream.answers else 2)
+            or room.retained + self._due_bytes >= room.max_retained * (1 if stream.answers else 2)
         ):
             raise room.refusal()
         wait_seconds = self.scheduler.wait_seconds(stream)
@@ -168,6 +176,7 @@ class Lane:
             share.enter(chunk, is_first)
         room.chunks += 1
         room.bytes += size
+        self._queued_bytes += size
         self.stats.queued_chunks += 1
 
     def leave(self, chunks: int, size: int, share: Share | None) -> None:
@@ -176,6 +185,7 @@ class Lane:
             share.leave(chunks, size)
         self._room.chunks -= chunks
         self._room.bytes -= size
+        self._queued_bytes -= size
         self.stats.queued_chunks -= chunks
 
     def retain(self, size: int, share: Share | None) -> None:

@@ -40,6 +40,23 @@ def test_results_that_nobody_acknowledges_fill_a_bounded_room(pump: Model) -> No
     assert next_one.type == Type.RESULT
 
 
+def test_the_results_of_what_is_queued_are_counted_before_they_are_there(pump: Model) -> None:
+    desk = Desk({"pump": pump}, Config(limits=Limits(retained_bytes=3 * RESULT, stream_credit=64)))
+    caller = desk.connect()
+    handle = caller.handle("s")
+    caller.send(*(chunk(handle, seq, X) for seq in range(1, 11)))
+
+    assert [(reply.header.seq, reply.code) for reply in caller.take()] == [
+        (7, "busy"),
+        (8, "gap"),
+        (9, "gap"),
+        (10, "gap"),
+    ]
+    desk.run()
+    assert len(caller.take()) == 6
+    assert caller.run(chunk(handle, 7, X, ack=6))[0].type == Type.RESULT
+
+
 def test_streams_that_end_give_the_room_of_their_results_back(pump: Model) -> None:
     desk = Desk({"pump": pump}, Config(limits=Limits(retained_bytes=2 * RESULT, queued_bytes=10**6)))
     caller = desk.connect()
