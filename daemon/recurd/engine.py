@@ -188,6 +188,7 @@ class Engine:
             stream = self._streams.find(header, peer)
         except (Refused, Broken):
             return False
+        stream.note_attempt(header)
         return 0 < header.seq <= stream.accepted
 
     def _on_other(self, header: wire.Header, payload: wire.Buffer, peer: Peer, now: float) -> None:
@@ -242,8 +243,7 @@ class Engine:
             record = stream.retained(header)
             if record is not None:
                 self._outbox.send_again(peer, record)
-            else:
-                stream.queue[header.seq - stream.answered - 1].attempt = header.flags & wire.ATTEMPT
+            stream.note_attempt(header)
             return None
         if stream.fence is not None:
             raise stream.fence.refusal(stream.name)

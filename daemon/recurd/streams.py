@@ -200,6 +200,11 @@ class Stream:
             raise self._stale(header)
         return False
 
+    def note_attempt(self, header: wire.Header) -> None:
+        """A record came that may be the repetition of one that is queued, whose one answer is for the last sending."""
+        if self.answered < header.seq <= self.accepted:
+            self.queue[header.seq - self.answered - 1].attempt = header.flags & wire.ATTEMPT
+
     def _stale(self, header: wire.Header) -> Refused:
         return Refused(
             Code.STALE,

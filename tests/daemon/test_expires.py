@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dialogue import Caller, Desk, Reply, chunk, closing, reset
-from recurd.config import Config, Durability, Limits, Tick
+from recurd.config import Config, Durability, Limits, Tenant, Tick
 from recurd.errors import Code
 from recurd.model import Model
 from recurd.saving import SavedStream
@@ -164,6 +164,35 @@ def test_an_error_says_at_which_attempt_its_record_was_sent(open_desk: OpenDesk)
 
     assert [reply.header.flags for reply in later(caller, 1)] == [0x20, 0x10]
     assert caller.ask(chunk(handle, 7, draw(2), flags=0x30)).header.flags == 0x30
+
+
+def test_the_attempt_counts_also_of_what_comes_while_nothing_can_be_saved(open_desk: OpenDesk, tmp_path: Path) -> None:
+    desk = open_desk(durability=Durability(mode="process", directory=str(tmp_path)))
+    caller = desk.connect()
+    handle = caller.handle("s")
+    caller.send(chunk(handle, 1, draw(2), code=100, flags=0x10))
+    desk.engine.halt("the disk is full")
+    caller.send(chunk(handle, 1, draw(2), code=100, flags=0x20), chunk(handle, 2, draw(2), flags=0x10))
+    assert told(caller.take()) == [(2, "busy")]
+    desk.engine.saved()
+
+    (late,) = later(caller, 1)
+    assert (late.code, late.header.flags) == ("late", 0x20)
+
+
+def test_late_chunks_of_one_tenant_do_not_hold_up_another(model: Model) -> None:
+    desk = Desk({"pump": model}, Config(tick=Tick(rows=2), tenants={"a": Tenant(), "b": Tenant()}))
+    one, other = desk.connect("a", tenant="a"), desk.connect("b", tenant="b")
+    for number in range(30):
+        one.send(chunk(one.handle(f"s{number}"), 1, draw(2), code=100))
+    other.send(chunk(other.handle("s"), 1, draw(2)))
+    desk.now += 1
+    desk.tick()
+
+    assert told(other.take()) == [(1, "RESULT")]
+    while desk.engine.deadline() == 0.0:
+        desk.tick()
+    assert sorted(told(one.take())) == [(1, "late")] * 30
 
 
 def test_a_durable_stream_stands_in_the_journal_as_if_the_late_chunk_had_never_come(
