@@ -7,7 +7,7 @@ import pytest
 
 from dialogue import Desk, admin
 from process import Process
-from recurd.config import Config, override
+from recurd.config import Config, Tenant
 from recurd.errors import Code, Refused
 from recurd.model import Model
 from recurd.remote import Remote
@@ -56,7 +56,7 @@ def test_commands_that_are_not_there_or_not_readable_are_refused(model: Model) -
 
 
 def test_it_takes_the_right(model: Model) -> None:
-    config = override(Config(), {"tenants": {"boss": {"rights": ["admin"]}, "hand": {"rights": ["stream"]}}})
+    config = Config(tenants={"boss": Tenant(rights=("admin",)), "hand": Tenant(rights=("stream",))})
     desk = Desk({"pump": model}, config, process_commands=("reload",))
     assert desk.connect("a", tenant="hand").ask(admin("reload")).code == "forbidden"
     desk.connect("b", tenant="boss").send(admin("reload"))

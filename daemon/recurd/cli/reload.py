@@ -7,8 +7,9 @@ from typing import Any
 import click
 import msgspec
 
-from recurd.cli.endpoint import checked
+from recurd.cli.endpoint import check_keys, checked, with_keys
 from recurd.errors import ExitCode
+from recurd.keys import read_credentials
 from recurd.remote import Remote
 
 EPILOG = """\b
@@ -33,13 +34,23 @@ _GREETING_SECONDS = 10.0
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @click.option("--timeout", default=300.0, show_default=True, help="Seconds to wait until all is loaded.")
+@with_keys
 @click.pass_context
-def reload(ctx: click.Context, endpoint: str, incompatible: str | None, as_json: bool, timeout: float) -> None:
+def reload(
+    ctx: click.Context,
+    endpoint: str,
+    incompatible: str | None,
+    as_json: bool,
+    timeout: float,
+    key: str | None,
+    server_key: str | None,
+) -> None:
     """Have a daemon read its configuration again, load the model files that have changed beside those it serves, and
     take them over between two ticks. Says what became of each, and of its streams."""
-    keys: dict[str, Any] = {} if incompatible is None else {"incompatible": incompatible}
-    with Remote(endpoint, min(timeout, _GREETING_SECONDS)) as daemon:
-        report, _ = daemon.ask("reload", seconds=timeout, **keys)
+    check_keys(key, server_key)
+    choice: dict[str, Any] = {} if incompatible is None else {"incompatible": incompatible}
+    with Remote(endpoint, min(timeout, _GREETING_SECONDS), read_credentials(key, server_key)) as daemon:
+        report, _ = daemon.ask("reload", seconds=timeout, **choice)
     if as_json:
         sys.stdout.buffer.write(msgspec.json.format(msgspec.json.encode(report)) + b"\n")
     else:
