@@ -8,15 +8,18 @@ from typing import TYPE_CHECKING
 from recurd.config import Config
 from recurd.engine import Engine
 from recurd.errors import JournalError
+from recurd.former import Copies
 from recurd.journal import Journal
 from recurd.lane import Lane
+from recurd.loading import Loaded
 from recurd.model import Model
-from recurd.saving import Saving, is_fresh
+from recurd.saving import Saving, Stamp, is_fresh
 from recurd.stats import Stats
 from recurd.streams import Stream
 
 if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
+
 
 #: How long to wait before a commit that failed is tried again.
 RETRY_SECONDS = 1.0
@@ -30,27 +33,54 @@ class Durable:
         settings: Config,
         engine: Engine,
         models: Mapping[str, Model],
+        copies: Copies | None = None,
         *,
         stats: Stats,
         log: "FilteringBoundLogger",
     ) -> None:
-        """Open the journal of a ``settings.durability`` that is not off. Raises :class:`JournalError`."""
+        """Open the journal of a ``settings.durability`` that is not off. Raises :class:`JournalError`.
+
+        ``copies`` of model files, for the versions that streams of the journal finish on.
+        """
         self._engine = engine
+        self._copies = copies
         self._stats = stats
         self._log = log
         durability = settings.durability
         assert durability.mode != "off"
         self._journal = Journal(Path(durability.directory), durability.mode, max_ended=settings.limits.ended_streams)
         try:
-            stamps = {name: model.stamp for name, model in models.items()}
-            for drift in self._journal.stamp(stamps, accept_drift=durability.accept_drift):
-                log.warning("drift_accepted", reason=drift)
+            self._take_up(models, accept_drift=durability.accept_drift)
         except BaseException:
             self._journal.close()
             raise
         engine.keep_in(self._journal)
         self._held: list[tuple[bytes, bytes]] = []
         self._retry_at = 0.0
+
+    def _take_up(self, models: Mapping[str, Model], *, accept_drift: bool) -> None:
+        """Find for every stored stream the version that it goes on with. Raises :class:`JournalError`."""
+        present = {name: model.stamp for name, model in models.items()}
+        stored = self._journal.stamps()
+        former: dict[tuple[str, str], Stamp] = {}
+        for name, version in sorted({(name, stamp.version) for (name, _), stamp in stored.items()}):
+            # Who accepts drift says that the present one goes on with the states of others.
+            if accept_drift or (name in present and present[name].version == version):
+                continue
+            if self._copies is not None and (loaded := self._copies.load(name, version)) is not None:
+                former[name, version] = loaded.model.stamp
+                self._engine.add_former(name, loaded.model)
+        for drift in self._journal.stamp(present, former, accept_drift=accept_drift):
+            self._log.warning("drift_accepted", reason=drift)
+        #: Version of the lane that streams go to, by model and the version that they are stored under.
+        self._versions = {key: stamp.version for key, stamp in stored.items()}
+        if self._copies is not None:
+            self._copies.forget({*self._versions.values(), *(stamp.version for stamp in present.values())})
+
+    def keep(self, loaded: Loaded) -> None:
+        """Keep a copy of a model file; may be called on any thread."""
+        if self._copies is not None:
+            self._copies.keep(loaded)
 
     def close(self) -> None:
         """Let go of the journal."""
@@ -69,7 +99,8 @@ class Durable:
             self._engine.remember(handle, ended)
         count = 0
         for handle, saved, answers in self._journal.load():
-            self._engine.restore(handle, saved, answers, now)
+            version = self._versions[saved.model, saved.version]
+            self._engine.restore(handle, saved, answers, now, version)
             count += 1
         return count
 

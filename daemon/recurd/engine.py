@@ -448,6 +448,10 @@ class Engine:
         self._lifecycle.announce(name, False)
         return takeover
 
+    def add_former(self, name: str, device: Device) -> None:
+        """Serve a former version of a model, on which streams of the journal finish."""
+        self._versions.add_former(name, device)
+
     def end_former(self) -> int:
         """End the streams that finish on former versions of models, as with ``restart``; how many there are."""
         return self._versions.end_former()
@@ -464,9 +468,12 @@ class Engine:
         """Tell where durable streams stand: states that were saved need not be kept in memory."""
         self._versions.keep_in(store)
 
-    def restore(self, handle: int, saved: SavedStream, answers: list[SavedAnswer], now: float) -> None:
+    def restore(
+        self, handle: int, saved: SavedStream, answers: list[SavedAnswer], now: float, version: str = ""
+    ) -> None:
         """Go on with a stream out of the journal, before anything is received. Its state stays there until it runs."""
-        self._lifecycle.restore(handle, saved, answers, now)
+        lane = self._versions.lane_of(saved.model, version)
+        self._lifecycle.restore(handle, saved, answers, now, lane)
 
     def remember(self, handle: int, ended: Ended) -> None:
         """Know how a stream ended, out of the journal: who comes late is told."""

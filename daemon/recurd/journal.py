@@ -89,23 +89,42 @@ class Journal:
 
     # --- start ---
 
-    def stamp(self, stamps: Mapping[str, Stamp], *, accept_drift: bool) -> list[str]:
+    def stamps(self) -> dict[tuple[str, str], Stamp]:
+        """What the states of the stored streams depend on, by model and the version that they are stored under.
+
+        Raises :class:`JournalError` for a store that is damaged.
+        """
+        with self._env.begin() as transaction:
+            in_use = {(stream.model, stream.version) for _, stream in self._read_streams(transaction)}
+            return {
+                (name, version): msgspec.json.decode(
+                    _unpack(transaction.get(_stamp_key(name, version), db=self._meta), f"model '{name}'"), type=Stamp
+                )
+                for name, version in sorted(in_use)
+            }
+
+    def stamp(
+        self,
+        stamps: Mapping[str, Stamp],
+        former: Mapping[tuple[str, str], Stamp] | None = None,
+        *,
+        accept_drift: bool,
+    ) -> list[str]:
         """Hold the models to be served against those the stored streams were run by, and note them.
 
-        Returns what differs and was accepted, in words. Raises :class:`JournalError` where stored streams would not be
-        resumed as they were left: by a model that is missing, whose states are others, or, without ``accept_drift``,
-        whose weights, runtime or device are others.
+        ``former``: those that streams of other versions finish on, by model and version. Returns what differs and was
+        accepted, in words. Raises :class:`JournalError` where stored streams would not be resumed as they were left: by
+        a model that is missing, whose states are others, or, without ``accept_drift``, whose weights, runtime or device
+        are others.
         """
         drift = []
+        former = former or {}
+        in_use = self.stamps()
         with self._env.begin(write=True) as transaction:
-            in_use = {(stream.model, stream.version) for _, stream in self._read_streams(transaction)}
-            for name, version in sorted(in_use):
-                key = _stamp_key(name, version)
-                stored = msgspec.json.decode(
-                    _unpack(transaction.get(key, db=self._meta), f"model '{name}'"), type=Stamp
-                )
-                difference = self._held_against(name, stored, stamps.get(name))
-                if difference is None:
+            for (name, version), stored in in_use.items():
+                now = former.get((name, stored.version)) or stamps.get(name)
+                difference = self._held_against(name, stored, now)
+                if difference is None or now is None:
                     continue
                 if not accept_drift:
                     raise JournalError(
@@ -114,7 +133,7 @@ class Journal:
                     )
                 drift.append(f"{name}: {difference}")
                 # Streams that do not run before the next start are not saved again, and held against the same stamp.
-                self._put_stamp(transaction, key, stamps[name])
+                self._put_stamp(transaction, _stamp_key(name, version), now)
             for name, stamp in stamps.items():
                 self._put_stamp(transaction, _stamp_key(name, stamp.version), stamp)
         return drift

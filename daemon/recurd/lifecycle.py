@@ -374,9 +374,11 @@ class Lifecycle:
 
     # --- ends ---
 
-    def restore(self, handle: int, saved: SavedStream, answers: list[SavedAnswer], now: float) -> Stream:
-        """See :meth:`recurd.engine.Engine.restore`."""
-        lane = self._lanes[saved.model]
+    def restore(
+        self, handle: int, saved: SavedStream, answers: list[SavedAnswer], now: float, lane: Lane | None = None
+    ) -> Stream:
+        """See :meth:`recurd.engine.Engine.restore`; ``lane`` is that of the present version when none is given."""
+        lane = lane or self._lanes[saved.model]
         stream = self._streams.add(
             tenant=saved.tenant,
             name=saved.name,

@@ -170,8 +170,11 @@ class Reload:
                 loaded = load(entry, settings, self._device)
                 if loaded.name != former.name:
                     raise ConfigError(f"{entry.path}: it holds model '{loaded.name}' now, and not '{former.name}'")
-                return loaded
-            return load(entry, settings, self._device)
+            else:
+                loaded = load(entry, settings, self._device)
+            if self._durable is not None:
+                self._durable.keep(loaded)
+            return loaded
         except StartError as error:
             reason = str(error)
         except Exception as error:  # no memory, or a bug of the runtime: nothing that a daemon must die of

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,6 +26,7 @@ from recurd.admin import Request
 from recurd.arena import Device
 from recurd.engine import Engine
 from recurd.errors import AddressError, Code, ConfigError, DeviceLost, ExitCode, Refused, StartError
+from recurd.former import Copies
 from recurd.http import Application, Health, HttpServer, Phase
 from recurd.lifecycle import Identity
 from recurd.loading import Loaded, load
@@ -105,7 +107,7 @@ class Server:
             process_commands=("reload",),
         )
         self._stats = stats
-        self._durable = None if settings.durability.mode == "off" else self._restore(stack)
+        self._durable = None if settings.durability.mode == "off" else self._restore(loaded, device, stack)
         context = stack.enter_context(zmq.Context(settings.zeromq.io_threads))
         self._gate = None if keys is None else auth.Gate(context, keys, stats, stack)
         self._socket, self.endpoints = _bind(context, settings, self._gate, stack)
@@ -142,16 +144,21 @@ class Server:
             poller.register(self._gate.socket, zmq.POLLIN)
         return poller
 
-    def _restore(self, stack: ExitStack) -> "Durable":
+    def _restore(self, loaded: list[Loaded], device: str, stack: ExitStack) -> "Durable":
         from recurd.durable import Durable  # brings lmdb
 
         begin = time.monotonic()
-        durable = Durable(self._config, self._engine, self._models, stats=self._stats, log=self._log)
+        folder = Path(self._config.durability.directory)
+        copies = Copies(folder / "models", self._config, device, self._log)
+        durable = Durable(self._config, self._engine, self._models, copies, stats=self._stats, log=self._log)
         stack.callback(durable.close)
         streams = durable.restore(begin)
+        if self._config.reload.incompatible == "restart":
+            self._engine.end_former()
+        for one in loaded:
+            durable.keep(one)
         seconds = round(time.monotonic() - begin, 3)
-        directory = self._config.durability.directory
-        self._log.info("journal_opened", directory=directory, streams=streams, seconds=seconds)
+        self._log.info("journal_opened", directory=str(folder), streams=streams, seconds=seconds)
         return durable
 
     def _open_http(self, collector: Collector, stack: ExitStack) -> HttpServer | None:

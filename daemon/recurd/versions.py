@@ -75,11 +75,28 @@ class Versions:
 
     def add(self, name: str, device: Device) -> None:
         """Serve a model under a name that is free."""
+        self.present[name] = self._make(name, device)
+
+    def add_former(self, name: str, device: Device) -> None:
+        """Serve a version of a model that no stream begins on."""
+        lane = self._make(name, device)
+        lane.is_former = True
+        self.former.append(lane)
+
+    def _make(self, name: str, device: Device) -> Lane:
         stats = self._stats.models.get(name) or self._stats.add_model(name, 0)
         self._count(stats, device, 1)
-        lane = self.present[name] = self._make_lane(name, device, stats)
+        lane = self._make_lane(name, device, stats)
         lane.slots.store = self._store
         self.turns.append(lane)
+        return lane
+
+    def lane_of(self, name: str, version: str) -> Lane:
+        """Where a stream goes on whose state is of this version: the former one, where it is served, or the present."""
+        for lane in self.former:
+            if (lane.name, lane.version) == (name, version):
+                return lane
+        return self.present[name]
 
     def replace(self, name: str, device: Device, incompatible: Incompatible) -> Takeover:
         """Put a new file, with as many slots, in the place of a model; none of its ticks may be out."""

@@ -1,6 +1,7 @@
 """New model files for a real daemon under load: nothing is lost, results are right on both sides, bad files change
 nothing."""
 
+import contextlib
 import json
 import os
 import signal
@@ -8,7 +9,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -104,21 +104,26 @@ class Load:
         for name in self.broken:
             streams.pop(name, None)
 
-    @contextmanager
+    @contextlib.contextmanager
     def running(self) -> Iterator["Load"]:
-        thread = threading.Thread(target=self._run)
-        thread.start()
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
         try:
             self.goes_on()
             yield self
         finally:
-            self._stop.set()
-            thread.join(60)
+            self.stop()
         assert self._failure is None, self._failure
+
+    def stop(self) -> None:
+        """Wait for what was sent; while there is still a daemon."""
+        self._stop.set()
+        self._thread.join(60)
 
     def goes_on(self, rounds: int = 3) -> None:
         end = self.rounds + rounds
         eventually(lambda: self._failure is not None or self.rounds >= end or self.broken)
+        assert self._failure is None, self._failure
 
     def check(self, network: Network) -> None:
         for name, sent in self.sent.items():
@@ -306,6 +311,109 @@ def test_models_are_added_and_removed_and_a_file_of_another_path_takes_over(tmp_
         results, (truth(OLD, draw(1)), truth(OLD, draw(1), draw(2))[5:], truth(NEW, draw(1))), strict=True
     ):
         np.testing.assert_allclose(result, expected, **CLOSE)
+
+
+# --- durable streams ---
+
+
+def durable(folder: Path, *flags: str) -> Process:
+    return serve(folder, "--journal", folder / "journal", *flags)
+
+
+def test_a_durable_daemon_that_is_killed_after_a_reload_goes_on_with_both_versions(tmp_path: Path) -> None:
+    olds, news = Load(tmp_path, NAMES), Load(tmp_path, [f"new-{name}" for name in NAMES])
+    with durable(tmp_path) as first, contextlib.ExitStack() as running:
+        first.ready()
+        running.enter_context(olds.running())
+        put(WIDE, tmp_path / "pump.onnx")  # in between, nobody begins on it
+        reloaded(tmp_path)
+        put(NEW, tmp_path / "pump.onnx")
+        reloaded(tmp_path)
+        with news.running():
+            first.stop(signal.SIGKILL)
+            with durable(tmp_path) as second:
+                second.ready()
+                for load in (olds, news):
+                    load.goes_on()
+                assert second.log.count("event=former_version_loaded") == 1
+                assert len(list((tmp_path / "journal" / "models").glob("*.onnx"))) == 2
+                put(OLD, tmp_path / "pump.onnx")
+                reloaded(tmp_path)
+                second.stop(signal.SIGKILL)
+                with durable(tmp_path) as third:
+                    third.ready()
+                    for load in (olds, news):
+                        load.goes_on()
+                        load.stop()
+                    assert third.log.count("event=former_version_loaded") == 1
+
+    assert (olds.broken, news.broken) == ({}, {})
+    olds.check(OLD)
+    news.check(NEW)
+
+
+def test_a_durable_daemon_that_is_killed_after_streams_kept_their_state_goes_on(tmp_path: Path) -> None:
+    load = Load(tmp_path, NAMES)
+    with durable(tmp_path) as first, contextlib.ExitStack() as running:
+        first.ready()
+        running.enter_context(load.running())
+        put(OLD, tmp_path / "pump.onnx", version="2")
+        assert reloaded(tmp_path)["outcome"] == "kept"
+        load.goes_on(1)
+        first.stop(signal.SIGKILL)
+        with durable(tmp_path) as second:
+            second.ready()
+            load.goes_on()
+            load.stop()
+    load.check(OLD)
+
+
+def left_by_the_old_file(folder: Path) -> None:
+    """A journal with a stream, and another file in the place of the one that it ran on."""
+    with durable(folder) as daemon:
+        daemon.ready()
+        with connect(folder) as client:
+            client.open("s").push(draw(1))
+        daemon.stop(signal.SIGTERM)
+    put(NEW, folder / "pump.onnx")
+
+
+def test_streams_finish_on_their_version_when_the_file_was_replaced_while_the_daemon_was_down(tmp_path: Path) -> None:
+    left_by_the_old_file(tmp_path)
+    with durable(tmp_path) as daemon:
+        daemon.ready()
+        with connect(tmp_path) as client:
+            results = client.open("s", mode="resume").push(draw(2)), client.open("t").push(draw(1))
+
+    np.testing.assert_allclose(results[0], truth(OLD, draw(1), draw(2))[5:], **CLOSE)
+    np.testing.assert_allclose(results[1], truth(NEW, draw(1)), **CLOSE)
+
+
+def test_streams_whose_version_is_not_there_any_more_are_not_gone_on_with_unless_drift_is_accepted(
+    tmp_path: Path,
+) -> None:
+    left_by_the_old_file(tmp_path)
+    (copy,) = (tmp_path / "journal" / "models").iterdir()
+    copy.write_bytes(b"damaged")
+    with durable(tmp_path) as daemon:
+        assert daemon.wait() == ExitCode.JOURNAL
+        assert "were left by another one (weights" in daemon.log
+    for flags in (["--accept-drift"], []):  # then they are the new version's
+        with durable(tmp_path, *flags) as daemon:
+            daemon.ready()
+            with connect(tmp_path) as client:
+                assert client.open("s", mode="resume").fresh is False
+            daemon.stop(signal.SIGTERM)
+
+
+def test_streams_end_after_a_start_with_another_file_where_that_is_configured(tmp_path: Path) -> None:
+    left_by_the_old_file(tmp_path)
+    configuration = tmp_path / "recurd.toml"
+    configuration.write_text('[reload]\nincompatible = "restart"\n')
+    with durable(tmp_path, "--config", str(configuration)) as daemon:
+        daemon.ready()
+        with connect(tmp_path) as client, pytest.raises(Broken, match="reloaded"):
+            client.open("s", mode="resume")
 
 
 # --- files that are not good ---

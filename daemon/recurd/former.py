@@ -1,0 +1,77 @@
+"""Copies of the model files that durable streams run on, so that the next daemon has the former versions too.
+
+Streams that finish on a version which was replaced outlive the daemon, and the file of that version is gone by then. So
+beside the journal there is a copy of every file that is served, by the name of its version.
+"""
+
+import os
+import shutil
+from collections.abc import Collection
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from recurd import config
+from recurd.errors import ContractError, StartError
+from recurd.loading import Loaded, fingerprint, load
+
+if TYPE_CHECKING:
+    from structlog.typing import FilteringBoundLogger
+
+_SIDECAR = ".contract.json"
+
+
+class Copies:
+    """The folder of the copies. Owned by what owns the journal; :meth:`keep` may be called on any thread."""
+
+    def __init__(self, folder: Path, settings: config.Config, device: str, log: "FilteringBoundLogger") -> None:
+        self._folder = folder
+        self._settings = settings
+        self._device = device
+        self._log = log
+
+    def keep(self, loaded: Loaded) -> None:
+        """Copy a file that is about to serve. That it cannot be done is logged: only a start after a crash needs it."""
+        source, target = Path(loaded.entry.path), self._path(loaded.model.stamp.version)
+        try:
+            if not loaded.fingerprint or (target.exists() and fingerprint(target) == loaded.fingerprint):
+                return
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            _copy(source.with_suffix(_SIDECAR), target.with_suffix(_SIDECAR))
+            _copy(source, target)
+            if fingerprint(target) != loaded.fingerprint:
+                raise ContractError(f"{source}: it was written while it was copied")
+        except (OSError, ContractError) as error:
+            self._log.warning("version_not_kept", model=loaded.name, path=str(target), reason=str(error))
+
+    def load(self, name: str, version: str) -> Loaded | None:
+        """A former version of a model; ``None`` where it was not kept or cannot be loaded, which is logged."""
+        path = self._path(version)
+        if not path.exists():
+            return None
+        slots = next((entry.slots for entry in self._settings.models if entry.name == name), None)
+        try:
+            loaded = load(config.Model(path=str(path), name=name, slots=slots), self._settings, self._device)
+            self._log.info("former_version_loaded", model=name, version=version, seconds=loaded.seconds)
+            return loaded
+        except StartError as error:
+            self._log.warning("version_not_kept", model=name, path=str(path), reason=str(error))
+            return None
+
+    def forget(self, versions: Collection[str]) -> None:
+        """Delete all copies but those of some versions."""
+        for path in self._folder.glob("*"):
+            if path.name.partition(".")[0] not in versions:
+                path.unlink()
+
+    def _path(self, version: str) -> Path:
+        return self._folder / f"{version}.onnx"
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copy a file so that it is there as a whole or as it was before; where there is none, there is none then."""
+    if not source.exists():
+        target.unlink(missing_ok=True)
+        return
+    part = target.with_suffix(".part")
+    shutil.copyfile(source, part)
+    os.replace(part, target)
