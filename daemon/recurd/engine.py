@@ -425,9 +425,11 @@ class Engine:
 
     # --- versions of models ---
 
-    def add_model(self, name: str, device: Device, *, bit_exact: bool = False) -> None:
-        """Serve another model."""
-        self._versions.add(name, device)
+    def add_model(
+        self, name: str, device: Device, *, bit_exact: bool = False, idle_seconds: float | None = None
+    ) -> None:
+        """Serve another model; ``idle_seconds``: time-out of its streams, where it has one of its own."""
+        self._versions.add(name, device, idle_seconds)
         self._lifecycle.announce(name, bit_exact)
 
     def replace_model(

@@ -217,7 +217,8 @@ class Reload:
             self._note(Outcome(model=loaded.name, path=path, outcome="failed", reason=reason))
             return
         if former is None:
-            self._engine.add_model(loaded.name, loaded.model, bit_exact=loaded.bit_exact)
+            idle_seconds = loaded.entry.stream_idle_seconds
+            self._engine.add_model(loaded.name, loaded.model, bit_exact=loaded.bit_exact, idle_seconds=idle_seconds)
             takeover, outcome = Takeover(), "added"
         else:
             takeover = self._engine.replace_model(loaded.name, loaded.model, incompatible, bit_exact=loaded.bit_exact)

@@ -324,7 +324,11 @@ class Server:
         self._engine.rights_changed()
         self._log.info("configuration_read", taken="tenants, auth, models, reload")
         try:
-            self._reload.ask(settings, request)
+            # Everything else is as it was at the start.
+            self._reload.ask(
+                structs.replace(self._config, models=settings.models, slots=settings.slots, reload=settings.reload),
+                request,
+            )
         except Refused as refusal:
             assert request is not None  # it was the request that could not be read
             self._engine.admin.refuse(request, refusal)

@@ -73,9 +73,10 @@ class Versions:
 
     # --- taking over ---
 
-    def add(self, name: str, device: Device) -> None:
-        """Serve a model under a name that is free."""
-        self.present[name] = self._make(name, device)
+    def add(self, name: str, device: Device, idle_seconds: float | None = None) -> None:
+        """Serve a model under a name that is free; ``idle_seconds`` of its streams, where not those configured."""
+        lane = self.present[name] = self._make(name, device)
+        lane.idle_seconds = idle_seconds or lane.idle_seconds
 
     def add_former(self, name: str, device: Device) -> None:
         """Serve a version of a model that no stream begins on."""
@@ -105,7 +106,7 @@ class Versions:
             lane.change(device)
             return Takeover(kept=lane.streams)
         takeover = self.remove(name, incompatible)
-        self.add(name, device)
+        self.add(name, device, lane.idle_seconds)
         return takeover
 
     def remove(self, name: str, incompatible: Incompatible) -> Takeover:

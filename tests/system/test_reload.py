@@ -17,7 +17,7 @@ import pytest
 
 import recurd
 from process import Process, eventually
-from recurd.errors import Broken, ExitCode
+from recurd.errors import Broken, ExitCode, Refused
 from recurrent import Array, Network
 
 OLD, NEW, THIRD = Network(), Network(seed=8), Network(seed=9)
@@ -289,7 +289,8 @@ def test_models_are_added_and_removed_and_a_file_of_another_path_takes_over(tmp_
     configuration = tmp_path / "recurd.toml"
 
     def configure(*paths: str) -> None:
-        configuration.write_text("".join(f'[[models]]\npath = "{path}"\n' for path in paths))
+        text = "".join(f'[[models]]\npath = "{path}"\nstream_idle_seconds = 7.0\n' for path in paths)
+        configuration.write_text(text)
 
     configure("pump.onnx")
     with Process(tmp_path, "--config", configuration, "--bind", f"ipc://{tmp_path}/socket", "--metrics", "") as daemon:
@@ -300,6 +301,10 @@ def test_models_are_added_and_removed_and_a_file_of_another_path_takes_over(tmp_
             report = json.loads(reload(tmp_path, "--json").stdout)["models"]
             valve = client.open("v", model="valve")
             valve.push(draw(1))
+            with pytest.raises(Refused, match="at most 7"):
+                client.open("w", model="valve", idle_timeout_seconds=8.0)
+            with pytest.raises(Refused, match="at most 7"):
+                client.open("w", model="pump", idle_timeout_seconds=8.0)
             configure("pump-2.onnx")
             removed = json.loads(reload(tmp_path, "--json").stdout)["models"]
             results = [pump.push(draw(1)), valve.push(draw(2)), client.open("t").push(draw(1))]
