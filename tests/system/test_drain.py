@@ -283,3 +283,56 @@ def test_streams_go_through_a_file_and_coming_twice_they_come_once(
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=60, check=False)
+
+
+# --- with journals, whoever dies ---
+
+
+def durable(pump: Path, folder: Path) -> Process:
+    folder.mkdir(exist_ok=True)
+    flags = ("--bind", f"ipc://{folder}/socket", "--metrics", "", "--journal", str(folder / "journal"))
+    return Process(folder, pump, *flags)
+
+
+@pytest.mark.parametrize("victim", ["here", "there", "both"])
+def test_a_daemon_with_a_journal_that_is_killed_in_the_middle_costs_nothing(
+    pump: Path, tmp_path: Path, victim: str
+) -> None:
+    folders = {name: tmp_path / name[0] for name in ("here", "there")}
+    endpoints = {name: f"ipc://{folder}/socket" for name, folder in folders.items()}
+    daemons = {name: durable(pump, folder).ready() for name, folder in folders.items()}
+    loads: list[Load] = []
+    try:
+        loads += [Load(endpoints["here"], number, streams=30) for number in range(3)]
+        for load in loads:
+            load.start()
+        for load in loads:
+            load.go_on()
+        arguments = ("drain", "--endpoint", endpoints["here"], "--to", endpoints["there"], "--timeout", "2")
+        first = subprocess.Popen(command(*arguments), stderr=subprocess.PIPE)
+        with Remote(endpoints["there"]) as remote:
+            eventually(lambda: remote.ask("groups")[0]["held"] or first.poll() is not None)
+        for name, folder in folders.items():
+            if victim in (name, "both"):
+                daemons[name].__exit__(None, None, None)  # kills it
+                daemons[name] = durable(pump, folder).ready()
+        first.communicate(timeout=60)
+        done = eventually(lambda: _drained(endpoints))
+        assert done["streams"] <= 90
+        results = finish(loads)
+        saved = streams_of(endpoints["there"], tmp_path)
+        assert saved.keys() == results.keys()
+        check(results, saved, pump)
+        assert streams_of(endpoints["here"], tmp_path) == {}
+    finally:
+        for load in loads:
+            load.done.set()
+            load.join(60)
+            load._client.close()
+        for daemon in daemons.values():
+            daemon.__exit__(None, None, None)
+
+
+def _drained(endpoints: dict[str, str]) -> Any:
+    done = drain(endpoints["here"], endpoints["there"])
+    return json.loads(done.stdout) if done.returncode == 0 else None
