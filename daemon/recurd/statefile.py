@@ -200,6 +200,10 @@ def _parcels(entries: list[_Entry], stamps: list[ModelStamp], tensors: dict[str,
         rows = states.get((entry.model, entry.state_hash))
         if rows is None or not (entry.row is None or 0 <= entry.row < len(rows)):
             raise ValueError(f"the state of stream '{entry.name}' is not in it")
+        numbers = [entry.handle, entry.first_generation, entry.generation, entry.seq, entry.acked]
+        numbers += [number for one in entry.answers for number in (one.seq, one.generation)]
+        if not all(0 <= number < 2**64 for number in numbers):
+            raise ValueError(f"the numbers of stream '{entry.name}' cannot be")
         answers = []
         for one in entry.answers:
             end = start + one.header + one.data

@@ -1,5 +1,6 @@
 """Two real daemons and clients that do not stop: streams go from one to the other, and nobody loses anything."""
 
+import asyncio
 import json
 import signal
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 import recurd
 from process import Process, eventually
 from recurd.errors import Code, ExitCode, Refused
+from recurd.keys import new
 from recurd.model import Model
 from recurd.remote import Remote
 from recurrent import Network
@@ -283,6 +285,62 @@ def test_streams_go_through_a_file_and_coming_twice_they_come_once(
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=60, check=False)
+
+
+# --- who may, and who follows ---
+
+
+async def test_the_asyncio_client_follows_too(daemons: tuple[Process, Process]) -> None:
+    here, there = daemons
+    async with recurd.aio.connect(here.endpoint) as client:
+        stream = await client.open("s", model="pump")
+        outputs = [await stream.push(chunk("s", 1))]
+        drained = await asyncio.create_subprocess_exec(
+            *command("drain", "--endpoint", here.endpoint, "--to", there.endpoint)
+        )
+        seq = 1
+        while drained.returncode is None or seq < 5:
+            seq += 1
+            outputs.append(await stream.push(chunk("s", seq)))
+            if client.endpoint == there.endpoint:
+                await drained.wait()
+        assert drained.returncode == 0
+        assert client.endpoint == there.endpoint
+    whole = PUMP.run(np.concatenate([chunk("s", one + 1) for one in range(seq)]))[0]["output"]
+    np.testing.assert_allclose(np.concatenate(outputs), whole, rtol=1e-4, atol=1e-5)
+
+
+def test_with_keys_it_takes_the_right_and_clients_are_told_the_key_of_the_other_daemon(
+    pump: Path, tmp_path: Path
+) -> None:
+    clients = tmp_path / "clients"
+    clients.mkdir()
+    for name in ("boss", "pump-hall"):
+        public, _ = new(name, tmp_path)
+        (clients / public.name).write_bytes(public.read_bytes())
+    for name in ("a", "b"):
+        new(name, tmp_path)
+        (tmp_path / f"{name}.toml").write_text(
+            f'bind = ["tcp://127.0.0.1:*"]\nmetrics = ""\n[auth]\nkey = "{name}.key_secret"\nclients = "clients"\n'
+            f'[tenants.boss]\nrights = ["admin"]\n[[models]]\npath = "{pump}"\n'
+        )
+    with (
+        Process(tmp_path, "--config", tmp_path / "a.toml") as here,
+        Process(tmp_path, "--config", tmp_path / "b.toml") as there,
+    ):
+        here.ready()
+        there.ready()
+        mine = {"key": tmp_path / "pump-hall.key_secret", "server_key": tmp_path / "a.key"}
+        with recurd.connect(here.endpoint, **mine) as client:
+            stream = client.open("s", model="pump")
+            stream.push(chunk("s", 1))
+            keys = ["--server-key", str(tmp_path / "a.key"), "--to-server-key", str(tmp_path / "b.key")]
+            done = drain(here.endpoint, there.endpoint, "--key", str(mine["key"]), *keys)
+            assert (done.returncode, "has not the right 'admin'" in done.stderr) == (ExitCode.BUG, True)
+            done = drain(here.endpoint, there.endpoint, "--key", str(tmp_path / "boss.key_secret"), *keys)
+            assert done.returncode == 0, done.stderr
+            stream.push(chunk("s", 2))
+            assert (client.endpoint, stream.last_seq, client.server.tenant) == (there.endpoint, 2, "pump-hall")
 
 
 # --- with journals, whoever dies ---
