@@ -202,6 +202,23 @@ def test_a_drain_that_is_killed_leaves_every_stream_open_once_and_a_second_one_e
         assert remote.ask("groups")[0] == {"held": {}}
 
 
+def test_ctrl_c_opens_at_once_what_was_on_its_way(
+    daemons: tuple[Process, Process], loads: list[Load], pump: Path, tmp_path: Path
+) -> None:
+    here, there = daemons
+    first = subprocess.Popen(command("drain", "--endpoint", here.endpoint, "--to", there.endpoint))
+    with Remote(there.endpoint) as remote:
+        eventually(lambda: remote.ask("groups")[0]["held"] or first.poll() is not None)
+        first.send_signal(signal.SIGINT)
+        assert first.wait(30) in (0, 130)
+        assert remote.ask("groups")[0] == {"held": {}}
+    results = finish(loads)
+    saved = streams_of(here.endpoint, tmp_path)
+    arrived = streams_of(there.endpoint, tmp_path)
+    assert not saved.keys() & arrived.keys()
+    check(results, saved | arrived, pump)
+
+
 def test_a_daemon_that_dies_while_it_takes_streams_takes_none_with_it(
     daemons: tuple[Process, Process], pump: Path, tmp_path: Path
 ) -> None:
