@@ -166,8 +166,6 @@ class Life:
                 self._counts.lose(f"{self.name} is at {stream.last_seq}, it was left at {self._seq}")
             for x, _, _ in list(self._under_way)[:accepted]:
                 self._witness.run(x)
-        for _, future, _ in self._under_way:
-            future.exception()  # nobody asks for it otherwise
         self._under_way.clear()
         self._touched_at = begin
 
@@ -201,6 +199,8 @@ class Life:
             with contextlib.suppress(RecurdError):  # it ended, which the next opening tells
                 while self._under_way and self._under_way[0][1].done():
                     self._take()
+            for _, future, _ in self._under_way:
+                future.add_done_callback(asyncio.Future.exception)  # nobody asks for it otherwise
             self._handle, self._seq = self._stream._writer.handle, self._stream.last_seq
             self._stream = None
 
