@@ -123,6 +123,11 @@ class Reload:
         self._outcomes: list[Outcome] = []
         self._begin = 0.0
 
+    @property
+    def names(self) -> list[str]:
+        """Names of the models that are served."""
+        return list(self._served)
+
     def ask(self, settings: config.Config, request: Request | None = None) -> None:
         """Look at the models of ``settings`` again; ``request`` is answered when all is done.
 
@@ -201,28 +206,13 @@ class Reload:
 
     def _take_over(self, loaded: Loaded, incompatible: Incompatible) -> None:
         begin = time.monotonic()
-        former = self._served.get(loaded.name)
         try:
-            if any(outcome.model == loaded.name for outcome in self._outcomes):
-                raise ConfigError(f"{loaded.entry.path}: there is a model '{loaded.name}' already")
-            if former is not None and former.model.slots != loaded.model.slots:
-                raise ConfigError(
-                    f"{loaded.entry.path}: slots: {former.model.slots} at the start, {loaded.model.slots} now; that is "
-                    "changed by a new start only"
-                )
-            if self._durable is not None:
-                self._durable.note_version(loaded.name, loaded.model)
-        except StartError as error:
-            path, reason = loaded.entry.path, str(error)
-            self._note(Outcome(model=loaded.name, path=path, outcome="failed", reason=reason))
+            self._check(loaded)
+            takeover, outcome = self._hand_over(loaded, incompatible)
+        except Exception as error:  # a device without memory, a disk that is full: the former one serves on
+            reason = str(error) if isinstance(error, StartError) else f"{type(error).__name__}: {error}"
+            self._note(Outcome(model=loaded.name, path=loaded.entry.path, outcome="failed", reason=reason))
             return
-        if former is None:
-            idle_seconds = loaded.entry.stream_idle_seconds
-            self._engine.add_model(loaded.name, loaded.model, bit_exact=loaded.bit_exact, idle_seconds=idle_seconds)
-            takeover, outcome = Takeover(), "added"
-        else:
-            takeover = self._engine.replace_model(loaded.name, loaded.model, incompatible, bit_exact=loaded.bit_exact)
-            outcome = incompatible if takeover.is_new_version else "kept"
         self._served[loaded.name], self._labels[loaded.name] = loaded, loaded.labels
         self._note(
             Outcome(
@@ -236,6 +226,29 @@ class Reload:
                 takeover_seconds=round(time.monotonic() - begin, 6),
             )
         )
+
+    def _check(self, loaded: Loaded) -> None:
+        """Raises :class:`ConfigError` for a file that is good, and not one that can be taken over."""
+        path, former = loaded.entry.path, self._served.get(loaded.name)
+        if any(outcome.model == loaded.name for outcome in self._outcomes):
+            raise ConfigError(f"{path}: there is a model '{loaded.name}' already")
+        if former is not None and former.model.slots != loaded.model.slots:
+            raise ConfigError(
+                f"{path}: slots: {former.model.slots} at the start, {loaded.model.slots} now; that is changed by a new "
+                "start only"
+            )
+
+    def _hand_over(self, loaded: Loaded, incompatible: Incompatible) -> tuple[Takeover, str]:
+        """Give a model to the engine; what became of the streams, in numbers and in a word."""
+        name, model, bit_exact = loaded.name, loaded.model, loaded.bit_exact
+        if self._durable is not None:
+            self._durable.note_version(name, model)
+        if name not in self._served:
+            idle_seconds = loaded.entry.stream_idle_seconds
+            self._engine.add_model(name, model, bit_exact=bit_exact, idle_seconds=idle_seconds)
+            return Takeover(), "added"
+        takeover = self._engine.replace_model(name, model, incompatible, bit_exact=bit_exact)
+        return takeover, incompatible if takeover.is_new_version else "kept"
 
     def _note(self, outcome: Outcome) -> None:
         self._outcomes.append(outcome)

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -91,12 +92,12 @@ class Server:
         self._http = self._open_http(Collector(stats, labels, device_fallback=fallback), stack)
         loaded = _load_models(settings, device, log)
         labels |= {one.name: one.labels for one in loaded}
-        self._models = {one.name: one.model for one in loaded}
+        models = {one.name: one.model for one in loaded}
         bit_exact = tuple(one.name for one in loaded if one.bit_exact)
         settings = structs.replace(settings, models=tuple(one.entry for one in loaded))
         self._engine = Engine(
             settings,
-            self._models,
+            models,
             identity=Identity(
                 os.urandom(8), {"wanted": settings.device, "used": device, "fallback": fallback}, bit_exact
             ),
@@ -121,7 +122,7 @@ class Server:
             labels=labels,
             stats=stats,
             notifier=self._notifier,
-            wake=lambda: waker.send(_WAKE),
+            wake=partial(_wake, waker),
             log=log,
         )
         stack.callback(self._reload.close)
@@ -150,7 +151,8 @@ class Server:
         begin = time.monotonic()
         folder = Path(self._config.durability.directory)
         copies = Copies(folder / "models", self._config, device, self._log)
-        durable = Durable(self._config, self._engine, self._models, copies, stats=self._stats, log=self._log)
+        models = {one.name: one.model for one in loaded}
+        durable = Durable(self._config, self._engine, models, copies, stats=self._stats, log=self._log)
         stack.callback(durable.close)
         streams = durable.restore(begin)
         if self._config.reload.incompatible == "restart":
@@ -193,8 +195,9 @@ class Server:
         self._health.phase = Phase.READY
         addresses = ",".join(self.endpoints)
         metrics = "off" if self._http is None else "{}:{}".format(*self._http.address)
-        self._log.info("ready", bind=addresses, metrics=metrics, models=",".join(self._models))
-        self._notifier.ready(f"serving {', '.join(self._models)} at {addresses}, metrics at {metrics}")
+        models = self._reload.names
+        self._log.info("ready", bind=addresses, metrics=metrics, models=",".join(models))
+        self._notifier.ready(f"serving {', '.join(models)} at {addresses}, metrics at {metrics}")
 
     def _wait(self) -> None:
         """Sleep until there is a frame, a signal, or something due."""
@@ -310,6 +313,10 @@ class Server:
 
         Tenants and their rights at once; models as soon as they are loaded, and then a ``request`` is answered.
         """
+        if self._stop_at is not None:
+            if request is not None:
+                self._engine.admin.refuse(request, Refused(Code.DRAINING, "the daemon is shutting down"))
+            return
         try:
             settings = self._read()
             users = self._read_users(settings)
@@ -462,6 +469,11 @@ def _signals() -> Iterator[tuple[socket.socket, socket.socket]]:
         signal.set_wakeup_fd(former_fd)
         reader.close()
         writer.close()
+
+
+def _wake(waker: socket.socket) -> None:
+    with suppress(BlockingIOError):  # full: it is awake
+        waker.send(_WAKE)
 
 
 def _noted(number: int, frame: object) -> None:

@@ -105,8 +105,10 @@ class Versions:
         if lane.goes_on_with(device.contract):
             lane.change(device)
             return Takeover(kept=lane.streams)
+        new = self._make(name, device)
+        new.idle_seconds = lane.idle_seconds
         takeover = self.remove(name, incompatible)
-        self.add(name, device, lane.idle_seconds)
+        self.present[name] = new
         return takeover
 
     def remove(self, name: str, incompatible: Incompatible) -> Takeover:

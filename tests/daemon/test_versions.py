@@ -506,3 +506,21 @@ def test_a_clone_lives_and_ends_with_the_version_of_its_source(models: dict[str,
         caller.run(closing(name))
     desk.run()
     assert not desk.engine._versions.former
+
+
+def test_a_device_that_cannot_take_the_states_changes_nothing(models: dict[str, Model]) -> None:
+    desk = open_desk(models)
+    caller = desk.connect()
+    handle = caller.handle("s")
+    caller.run(chunk(handle, 1, draw(1)))
+    broken = Served(models["twice"], 8)
+
+    def fail(*arguments: Any) -> None:
+        raise MemoryError("no room")
+
+    broken.write_rows = fail  # type: ignore[method-assign]
+    with pytest.raises(MemoryError):
+        desk.engine.replace_model("pump", broken)
+
+    (after,) = caller.run(chunk(handle, 2, draw(2)))
+    np.testing.assert_allclose(after.output, truth(OLD, draw(1), draw(2))[5:], **CLOSE)
