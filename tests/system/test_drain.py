@@ -411,3 +411,64 @@ def test_a_daemon_with_a_journal_that_is_killed_in_the_middle_costs_nothing(
 def _drained(endpoints: dict[str, str]) -> Any:
     done = drain(endpoints["here"], endpoints["there"])
     return json.loads(done.stdout) if done.returncode == 0 else None
+
+
+# --- whole states ---
+
+
+class Holder(threading.Thread):
+    """One connection that reads, sets and clones states without a pause; the state `count` counts steps."""
+
+    def __init__(self, endpoint: str, number: int) -> None:
+        super().__init__(daemon=True)
+        self._client = recurd.connect(endpoint, timeout_seconds=60)
+        self._stream = self._client.open(f"holder {number}", model="pump")
+        self.done = threading.Event()
+        self.rounds = 0
+        self.error: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            while not self.done.is_set():
+                self._round()
+        except BaseException as error:
+            self.error = error
+        self._client.close()
+
+    def _round(self) -> None:
+        count = int(self._stream.state()["count"][0])
+        x = chunk(self._stream.name, self.rounds)
+        answers = [self._stream.submit(x) for _ in range(IN_FLIGHT)]
+        clone = self._client.clone(self._stream, f"{self._stream.name} clone {self.rounds}")
+        clone.push(x[:1])
+        found = [int(stream.state()["count"][0]) for stream in (clone, self._stream)]
+        assert found == [count + IN_FLIGHT * len(x) + 1, count + IN_FLIGHT * len(x)]
+        self._stream.reset(to=clone.state())
+        clone.close()
+        assert all(len(answer.result(60)) == len(x) for answer in answers)
+        self.rounds += 1
+
+    def go_on(self, rounds: int = 3) -> None:
+        target = self.rounds + rounds
+        eventually(lambda: self.error is not None or self.rounds >= target)
+        if self.error is not None:
+            raise self.error
+
+
+def test_whole_states_and_clones_go_along_while_clients_hold_them(daemons: tuple[Process, Process]) -> None:
+    here, there = daemons
+    holders = [Holder(here.endpoint, number) for number in range(6)]
+    for holder in holders:
+        holder.start()
+    for source, target in ((here, there), (there, here), (here, there)):
+        for holder in holders:
+            holder.go_on()
+        done = drain(source.endpoint, target.endpoint)
+        assert done.returncode == 0, done.stderr
+    for holder in holders:
+        holder.go_on()
+        holder.done.set()
+    for holder in holders:
+        holder.join(60)
+        assert holder.error is None
+        assert holder.rounds > 9
