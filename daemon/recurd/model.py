@@ -191,11 +191,15 @@ class Model:
 
     def write(self, slots: Array, states: dict[str, Array]) -> None:
         """Set the states of these slots; the reverse of :meth:`read`."""
-        for (arena, buffer), session in zip(self._arenas, self._writers, strict=True):
+        self._write_arenas(slots, [arena.join(states) for arena, _ in self._arenas])
+
+    def _write_arenas(self, slots: Array, tables: list[Array]) -> None:
+        """Set these rows of every arena, each table ``[n, width]``."""
+        for (arena, buffer), session, rows in zip(self._arenas, self._writers, tables, strict=True):
             binding = session.io_binding()
             binding.bind_ortvalue_input(arena.name, buffer)
             binding.bind_cpu_input(graph.SLOTS, np.ascontiguousarray(slots, np.int64))
-            binding.bind_cpu_input(graph.ROWS, np.ascontiguousarray(arena.join(states), arena.dtype))
+            binding.bind_cpu_input(graph.ROWS, np.ascontiguousarray(rows, arena.dtype))
             binding.bind_ortvalue_output(f"{arena.name}.next", buffer)
             session.run_with_iobinding(binding)
 
@@ -208,12 +212,12 @@ class Model:
         """Put rows back that :meth:`rows` gave, into any slots."""
         table = np.frombuffer(b"".join(rows), np.uint8).reshape(len(slots), -1)
         start = 0
-        states: dict[str, Array] = {}
+        tables = []
         for arena, _ in self._arenas:
             size = arena.width * np.dtype(arena.dtype).itemsize
-            states |= arena.split(np.ascontiguousarray(table[:, start : start + size]).view(arena.dtype))
+            tables.append(np.ascontiguousarray(table[:, start : start + size]).view(arena.dtype))
             start += size
-        self.write(slots, states)
+        self._write_arenas(slots, tables)
 
     @property
     def stamp(self) -> Stamp:
