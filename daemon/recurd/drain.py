@@ -70,6 +70,7 @@ class Drain:
             raise DrainError(f"{self._source.endpoint} and {self._target.endpoint} are the same daemon")
         begin = self._advanced_at = time.monotonic()
         self._settle_former()
+        self._target.ask("redirect")  # where it was drained itself before: it takes streams again
         while not self._is_empty():
             id = secrets.token_hex(8)
             try:

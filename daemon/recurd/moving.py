@@ -57,6 +57,8 @@ class _Export(msgspec.Struct, frozen=True):
     group: str
     start: int
     max_bytes: int
+    #: At most so many streams: others wait while a page is made, and while it is taken in.
+    limit: int = 512
 
 
 class _OfGroup(msgspec.Struct, frozen=True):
@@ -184,22 +186,23 @@ class Moving:
     def _export(self, request: Request, now: float) -> tuple[Any, bytes]:
         wanted = request.read(_Export)
         group = self._demand(wanted.group, now)
-        page, following = self._page(group, wanted.start, wanted.max_bytes)
+        page, following = self._page(group, wanted)
         states = _states([stream for stream in page if not is_fresh(stream)])
         data = msgspec.msgpack.encode([_parcel(stream, states.get(stream.handle)) for stream in page])
         # What stands there is in the middle of something: ask again.
         waits = following < len(group.streams) and not _is_settled(group.streams[following])
         return {"streams": len(page), "next": following, "of": len(group.streams), "waits": waits}, data
 
-    def _page(self, group: Group, start: int, max_bytes: int) -> tuple[list[Stream], int]:
+    def _page(self, group: Group, wanted: _Export) -> tuple[list[Stream], int]:
         """As many streams from ``start`` on as fit, and where to go on; stops at one that is not settled."""
         page: list[Stream] = []
+        max_bytes = wanted.max_bytes
         size = wire.HEADER_BYTES
-        for index in range(start, len(group.streams)):
+        for index in range(max(0, wanted.start), len(group.streams)):
             stream = group.streams[index]
             if stream.ended:
                 continue
-            if not _is_settled(stream):
+            if not _is_settled(stream) or len(page) >= wanted.limit:
                 return page, index
             size += _size(stream)
             if size > max_bytes:

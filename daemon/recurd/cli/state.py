@@ -47,6 +47,8 @@ _TIMEOUT = click.option(
 )
 #: What a stream takes in a page besides its state and its answers.
 _MARGIN_BYTES = 65_536
+#: Streams of a message: a daemon's other clients wait while it takes one in.
+_PAGE_STREAMS = 512
 
 
 @click.group(epilog=EPILOG)
@@ -130,7 +132,7 @@ def _packed(parcels: list[Parcel], max_bytes: int) -> Iterator[tuple[int, bytes]
     size = 0
     for parcel in parcels:
         data = msgspec.msgpack.encode(parcel)
-        if page and size + len(data) > max_bytes:
+        if page and (size + len(data) > max_bytes or len(page) >= _PAGE_STREAMS):
             yield len(page), msgspec.msgpack.encode(page)
             page, size = [], 0
         page.append(msgspec.Raw(data))
