@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 #: What a stream takes in a page besides its state and its answers' data, about.
 _STREAM_BYTES = 512
 _ANSWER_BYTES = 96
+#: As a configuration may have it.
+_MAX_IDLE_SECONDS = 1e9
 
 
 class _Gather(msgspec.Struct, frozen=True):
@@ -439,7 +441,7 @@ def _check_parcel(parcel: Parcel, lane: Lane) -> None:
     """Hold a stream against what one can be. Raises :class:`Refused` (``bad_request``)."""
     saved = parcel.stream
     numbers = 0 <= saved.acked <= saved.seq < 2**63 and 1 <= saved.first_generation <= saved.generation < 2**32
-    if not (numbers and 0 < parcel.handle < 2**64 and saved.idle_timeout > 0):
+    if not (numbers and 0 < parcel.handle < 2**64 and 0 < saved.idle_timeout <= _MAX_IDLE_SECONDS):
         raise Refused(Code.BAD_REQUEST, f"the numbers of stream '{saved.name}' cannot be")
     if saved.state is not None and len(saved.state) != lane.row_bytes:
         raise Refused(Code.BAD_REQUEST, f"the state of stream '{saved.name}' does not have {lane.row_bytes} bytes")

@@ -6,6 +6,8 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from dialogue import Desk, chunk, closing, opening, reset, state
 from moving import Operator
@@ -331,6 +333,7 @@ def parcels(here: Desk) -> tuple[list[Parcel], Any]:
         {"generation": 0},
         {"generation": 2**40},
         {"idle_timeout": -1.0},
+        {"idle_timeout": float("inf")},
         {"idle_timeout": float("nan")},
         {"name": "\x00"},
         {"name": "a"},
@@ -426,3 +429,44 @@ def test_a_clone_does_not_take_the_name_of_a_stream_that_has_moved(here: Desk, t
     refused = other.ask(state(handle, 1, Operation.CLONE, b"t"))
     assert (refused.code, refused.body["text"]) == ("exists", f"there is a stream 't' already, at {B}")
     assert "endpoint" not in refused.body  # where its client would go
+
+
+_ANYTHING = st.one_of(
+    st.none(), st.booleans(), st.integers(-(2**70), 2**70), st.floats(allow_nan=False), st.text(max_size=5), st.just([])
+)
+_KEYS = st.dictionaries(
+    st.sampled_from(
+        [
+            "group",
+            "fence",
+            "limit",
+            "model",
+            "stream",
+            "tenant",
+            "start",
+            "max_bytes",
+            "endpoint",
+            "server_key",
+            "lasting",
+        ]
+    ),
+    st.one_of(_ANYTHING, st.sampled_from(["g", "h", "*", "[", 0, 1, 10**6, True])),
+)
+_ORDERS = st.sampled_from(
+    ["gather", "export", "release", "lift", "import", "admit", "drop", "redirect", "groups", "fate", "gather", "export"]
+)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(orders=st.lists(st.tuples(_ORDERS, _KEYS, st.binary(max_size=20)), max_size=20))
+def test_whatever_is_commanded_nothing_breaks(model: Model, orders: list[tuple[str, dict[str, Any], bytes]]) -> None:
+    desk = Desk({"pump": model})
+    caller, operator = desk.connect("c"), Operator(desk)
+    handle = caller.handle("s")
+    caller.run(chunk(handle, 1, draw(1, 5)))
+    for command, keys, data in orders:
+        reply = operator.reply(command, data, **({"group": "g", "endpoint": B, "stamps": []} | keys))
+        assert reply.code != "internal"
+        desk.now += 1
+        desk.run()
+    assert desk.stats.internal_errors == 0
