@@ -125,16 +125,16 @@ class Gate:
         socket.setsockopt(zmq.CURVE_SERVER, 1)
         socket.setsockopt(zmq.CURVE_SECRETKEY, self._keys.secret.encode())
 
-    def check(self, endpoint: str) -> None:
+    def check(self, endpoint: str, kind: int = zmq.DEALER) -> None:
         """Try at an endpoint that a known key is let in and another one is not. Raises :class:`AuthError`.
 
-        All others are kept out meanwhile.
+        ``kind``: of the sockets that connect to it. All others are kept out meanwhile.
         """
         stranger, friend = (Pair(*(key.decode() for key in zmq.curve_keypair())) for _ in range(2))
         allowed, failures = self.allowed, self._stats.auth_failures
         self.allowed = frozenset({friend.public})
         try:
-            answers = [self._knock(_reachable(endpoint), pair) for pair in (stranger, friend)]
+            answers = [self._knock(_reachable(endpoint), kind, pair) for pair in (stranger, friend)]
         finally:
             self.allowed, self._stats.auth_failures = allowed, failures
         if answers[0] == zmq.EVENT_HANDSHAKE_SUCCEEDED:
@@ -142,10 +142,10 @@ class Gate:
         if answers != [zmq.EVENT_HANDSHAKE_FAILED_AUTH, zmq.EVENT_HANDSHAKE_SUCCEEDED]:
             raise AuthError(f"{endpoint}: nobody decides who may connect: a known key was not let in")
 
-    def _knock(self, endpoint: str, pair: Pair) -> int | None:
+    def _knock(self, endpoint: str, kind: int, pair: Pair) -> int | None:
         """How a handshake ends; ``None`` when it does not within some seconds."""
         end = time.monotonic() + _CHECK_SECONDS
-        with self._context.socket(zmq.DEALER) as client:
+        with self._context.socket(kind) as client:
             client.setsockopt(zmq.LINGER, 0)
             for option, value in Credentials(pair, self._keys.public).options().items():
                 client.setsockopt(option, value)

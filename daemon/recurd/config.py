@@ -142,6 +142,15 @@ class Reload(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     incompatible: Literal["finish", "restart"] = "finish"
 
 
+class Publish(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Results for others than their sender."""
+
+    #: Endpoints subscribers connect to; none: nothing is published.
+    bind: tuple[str, ...] = ()
+    #: Messages waiting for one subscriber; beyond, they are dropped for it.
+    high_water_mark: Count = 10_000
+
+
 class Log(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Log lines on standard error."""
 
@@ -174,6 +183,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     zeromq: ZeroMQ = ZeroMQ()
     durability: Durability = Durability()
     auth: Auth = Auth()
+    publish: Publish = Publish()
     #: By name.
     tenants: dict[str, Tenant] = {}
     reload: Reload = Reload()
@@ -262,7 +272,7 @@ def _check(config: Config) -> None:
         raise ConfigError(f"device: '{config.device}' is not one of auto, cpu, cuda, cuda:0, cuda:1, ...")
     if not config.bind:
         raise ConfigError("bind: at least one endpoint is needed")
-    for endpoint in config.bind:
+    for endpoint in (*config.bind, *config.publish.bind):
         check_endpoint(endpoint, insecure=config.insecure or bool(config.auth.key))
     if not config.auth.key:
         _check_without_auth(config)
@@ -272,6 +282,7 @@ def _check(config: Config) -> None:
         split_address(config.metrics)
     for key, values in (
         ("bind", list(config.bind)),
+        ("publish.bind", list(config.publish.bind)),
         ("models.path", [model.path for model in config.models]),
         ("models.name", [model.name for model in config.models if model.name]),
     ):

@@ -123,6 +123,8 @@ class Engine:
         self.admin = Admin(self._outbox, self._moving.commands, process_commands)
         self._states = States(self._lifecycle, self._versions, log)
         # in flight
+        #: Results that others may want; ``None`` while nobody does.
+        self._published: list[tuple[Stream, wire.Record]] | None = None
         self._turns = self._versions.turns
 
     # --- frames in ---
@@ -390,6 +392,8 @@ class Engine:
             stream.accepted,
         )
         self._answer(stream, chunk, (header, payload))
+        if self._published is not None:
+            self._published.append((stream, (header, payload)))
 
     def _answer(self, stream: Stream, chunk: Chunk, record: wire.Record, state: bytes | None = None) -> None:
         """Answer the oldest record of a stream, and keep the answer until it is acknowledged.
@@ -508,6 +512,18 @@ class Engine:
     def replies_to_send(self) -> list[tuple[bytes, bytes]]:
         """Routing ids and frames that have become due since the last call, in order for each routing id."""
         return self._outbox.take()
+
+    def publish(self, wanted: bool) -> None:
+        """Whether to put out results for others than their sender from now on."""
+        if wanted != (self._published is not None):
+            self._published = [] if wanted else None
+
+    def results_to_publish(self) -> list[tuple[Stream, wire.Record]]:
+        """Streams and results since the last call, each once; not to be sent while the engine is halted."""
+        if not self._published:
+            return []
+        results, self._published = self._published, []
+        return results
 
     def deadline(self) -> float | None:
         """When :meth:`take_tick` should be called at the latest; 0 when there is a tick to take now."""

@@ -143,20 +143,17 @@ class Link:
 
     def _on_failed_handshake(self, event: int, value: int) -> None:
         """What another try would not help ends the session; the rest is told when nobody wants to wait any longer."""
-        where, credentials = f"the daemon at {self.endpoint}", self._credentials
-        if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH and credentials is not None:
-            text = f"{where} does not know this client's key ({credentials.pair.public})"
-            self._session.end(Refused(Code.FORBIDDEN, text))
-        elif event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL and value == zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH:
-            if credentials is None:
-                text = f"{where} wants to know who connects: give key and server_key (--key, --server-key)"
-            else:
-                text = f"{where} takes no keys there: leave key and server_key out, if it is the right one"
-            self._session.end(Refused(Code.FORBIDDEN, text))
-        elif credentials is not None:
-            self._session.trouble = "keys are exchanged and the connection breaks off: is it the server's right key?"
+        error = failed_handshake(event, value, self.endpoint, self._credentials)
+        if error is not None:
+            self._session.end(error)
+        elif self._credentials is not None:
+            self._session.trouble = (
+                "the connection breaks off in the handshake: is it the server's right key, and does it take keys there?"
+            )
         else:
-            self._session.trouble = "the connection breaks off at once: is it a recurd daemon's address?"
+            self._session.trouble = (
+                "the connection breaks off at once: does it want keys (--key, --server-key), is it a recurd daemon?"
+            )
 
     def _receive(self, now: float) -> bool:
         """Hand every frame that is there to the session; whether there was one."""
@@ -185,6 +182,20 @@ class Link:
             self._outbox.popleft()
             moved = True
         return moved
+
+
+def failed_handshake(event: int, value: int, endpoint: str, credentials: Credentials | None) -> Refused | None:
+    """Why a daemon does not let us in; ``None`` when another try may help."""
+    where = f"the daemon at {endpoint}"
+    if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH and credentials is not None:
+        return Refused(Code.FORBIDDEN, f"{where} does not know this client's key ({credentials.pair.public})")
+    if event != zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL or value != zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH:
+        return None
+    if credentials is None:
+        text = f"{where} wants to know who connects: give key and server_key (--key, --server-key)"
+    else:
+        text = f"{where} takes no keys there: leave key and server_key out, if it is the right one"
+    return Refused(Code.FORBIDDEN, text)
 
 
 def _ignore(descriptors: list[int]) -> None:

@@ -55,6 +55,12 @@ COUNTERS: tuple[Row, ...] = (
     ("streams_opened", "Streams started new.", "streams_opened"),
     ("peers_expired", "Connections forgotten because they were silent.", "peers_expired"),
     ("auth_failures", "Connections refused because their key is not known.", "auth_failures"),
+    (
+        "subscriptions_refused",
+        "Subscriptions to published results that the subscriber may not have.",
+        "subscriptions_refused",
+    ),
+    ("results_published", "Results published while there were subscribers to anything.", "results_published"),
     ("frames_received", "Messages received.", "frames_received"),
     ("received_bytes", "Bytes of the messages received.", "bytes_received"),
     ("frames_sent", "Messages sent.", "frames_sent"),

@@ -5,7 +5,6 @@ included: while it runs, ZeroMQ's own I/O thread fills the socket's queue, and t
 /metrics and /healthz are served by other threads, which read and never write.
 """
 
-import fcntl
 import gc
 import os
 import signal
@@ -26,7 +25,7 @@ from recurd import auth, config, systemd
 from recurd.admin import Request
 from recurd.arena import Device
 from recurd.engine import Engine
-from recurd.errors import AddressError, Code, ConfigError, DeviceLost, ExitCode, Refused, StartError
+from recurd.errors import Code, ConfigError, DeviceLost, ExitCode, Refused, StartError
 from recurd.former import Copies
 from recurd.http import Application, Health, HttpServer, Phase
 from recurd.lifecycle import Identity
@@ -34,7 +33,9 @@ from recurd.loading import Loaded, load
 from recurd.logs import open_log
 from recurd.metrics import Collector, ModelLabels, open_registry
 from recurd.model import resolve_device
+from recurd.publisher import Publisher
 from recurd.reload import Reload
+from recurd.sockets import Context, bind, is_tcp, lock, open_socket
 from recurd.stats import Stats
 from recurd.tenants import LOCAL, Tenants
 
@@ -111,9 +112,10 @@ class Server:
         self._durable = None if settings.durability.mode == "off" else self._restore(loaded, device, stack)
         context = stack.enter_context(zmq.Context(settings.zeromq.io_threads))
         self._gate = None if keys is None else auth.Gate(context, keys, stats, stack)
-        self._socket, self.endpoints = _bind(context, settings, self._gate, stack)
+        self._socket = _open_router(context, settings, stack)
+        self.endpoints = bind(self._socket, settings.bind, self._gate)
+        self._publisher = self._open_publisher(context, stack) if settings.publish.bind else None
         self._poller = self._open()
-        self._unnamed = LOCAL if any(not _is_tcp(endpoint) for endpoint in self.endpoints) else ""
         self._reload = Reload(
             loaded,
             device=device,
@@ -130,8 +132,7 @@ class Server:
         self._stop_at: float | None = None
         # beat
         self._next_beat = 0.0
-        watchdog = self._notifier.watchdog_seconds
-        self._beat_seconds = min(_BEAT_SECONDS, watchdog / 2) if watchdog else _BEAT_SECONDS
+        self._beat_seconds = min(_BEAT_SECONDS, (self._notifier.watchdog_seconds or 2 * _BEAT_SECONDS) / 2)
 
     def _open(self) -> zmq.Poller:
         """What the loop waits for. Those who are known are let in, once it is tried that nobody else is."""
@@ -139,11 +140,26 @@ class Server:
         poller.register(self._socket, zmq.POLLIN)
         poller.register(self._wakeup, zmq.POLLIN)
         if self._gate is not None:
-            for endpoint in filter(_is_tcp, self.endpoints):
+            for endpoint in filter(is_tcp, self.endpoints):
                 self._gate.check(endpoint)
+            for endpoint in filter(is_tcp, self._publisher.endpoints if self._publisher is not None else ()):
+                self._gate.check(endpoint, zmq.SUB)
             self._gate.allowed = self._tenants.users
             poller.register(self._gate.socket, zmq.POLLIN)
+        if self._publisher is not None:
+            poller.register(self._publisher.socket, zmq.POLLIN)
         return poller
+
+    def _open_publisher(self, context: Context, stack: ExitStack) -> Publisher:
+        return Publisher(
+            context,
+            self._config,
+            self._gate,
+            tenants=self._tenants,
+            stats=self._stats,
+            log=self._log,
+            stack=stack,
+        )
 
     def _restore(self, loaded: list[Loaded], device: str, stack: ExitStack) -> "Durable":
         from recurd.durable import Durable  # brings lmdb
@@ -186,6 +202,7 @@ class Server:
             self._run_tick()
             self._commit()
             self._send()
+            self._publish()
             self._beat()
         self._log.info("stopped", dropped_chunks=self._engine.queued_chunks)
         return ExitCode.OK
@@ -194,9 +211,10 @@ class Server:
         self._health.progress(time.monotonic())
         self._health.phase = Phase.READY
         addresses = ",".join(self.endpoints)
+        published = ",".join(self._publisher.endpoints) if self._publisher is not None else "off"
         metrics = "off" if self._http is None else "{}:{}".format(*self._http.address)
         models = self._reload.names
-        self._log.info("ready", bind=addresses, metrics=metrics, models=",".join(models))
+        self._log.info("ready", bind=addresses, publish=published, metrics=metrics, models=",".join(models))
         self._notifier.ready(f"serving {', '.join(models)} at {addresses}, metrics at {metrics}")
 
     def _wait(self) -> None:
@@ -210,6 +228,9 @@ class Server:
                 self._look_for_signal()
             elif self._gate is not None and ready is self._gate.socket:
                 self._gate.answer()
+            elif self._publisher is not None and ready is self._publisher.socket:
+                self._publisher.take_subscriptions()
+                self._engine.publish(self._publisher.wanted)
 
     def _receive(self) -> None:
         """Feed the engine what has come, up to a bound, so that ticks and answers are never far away."""
@@ -229,14 +250,15 @@ class Server:
     def _receive_from_users(self) -> None:
         """The same, with whom each message is from: the routing id does not say, as a client may take another's."""
         receive, clock = self._engine.receive, time.monotonic
+        # Only over ipc is nobody asked who it is.
+        unnamed = "" if all(map(is_tcp, self.endpoints)) else LOCAL
         room = self._config.tick.receive_records
         while room > 0:
             try:
                 routing_id, *frames = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
             except zmq.Again:
                 return
-            # Only over ipc is nobody asked who it is.
-            user = (auth.user_of(frames[-1]) if frames else "") or self._unnamed
+            user = (auth.user_of(frames[-1]) if frames else "") or unnamed
             room -= receive(frames[0].bytes if len(frames) == 1 else b"", routing_id.bytes, clock(), user)
 
     def _change(self) -> None:
@@ -283,6 +305,11 @@ class Server:
                 stats.frames_sent += 1
                 stats.bytes_sent += len(frame)
 
+    def _publish(self) -> None:
+        """Results to others, when they stand in the journal where they have to."""
+        if self._publisher is not None and not self._engine.halted:
+            self._publisher.publish(self._engine.results_to_publish())
+
     def _beat(self) -> None:
         """Tell the outside, now and then, that the loop comes round."""
         now = time.monotonic()
@@ -297,6 +324,8 @@ class Server:
         gc.freeze()
         if self._durable is not None:
             self._durable.look(now)
+        if self._publisher is not None:
+            self._publisher.look(self._poller)
         if self._stop_at is None:
             self._health.phase = Phase.FULL if self._engine.full else Phase.READY
 
@@ -329,6 +358,8 @@ class Server:
         if self._gate is not None:
             self._gate.allowed = self._tenants.users
         self._engine.rights_changed()
+        if self._publisher is not None:
+            self._publisher.rights_changed(self._poller)
         self._log.info("configuration_read", taken="tenants, auth, models, reload")
         try:
             # Everything else is as it was at the start.
@@ -396,58 +427,16 @@ def _check_device(device: Device) -> None:
         raise DeviceLost(f"the device does not answer any more: {error}") from error
 
 
-def _is_tcp(endpoint: str) -> bool:
-    return endpoint.startswith("tcp://")
-
-
-def _bind(
-    context: zmq.Context[zmq.Socket[bytes]], settings: config.Config, gate: auth.Gate | None, stack: ExitStack
-) -> tuple[zmq.Socket[bytes], list[str]]:
-    """The bound ROUTER socket and the endpoints as they were bound (a port 0 resolved).
-
-    Where there is a gate, the tcp endpoints take only whom it lets in.
-    """
-    router = stack.enter_context(context.socket(zmq.ROUTER))
-    heartbeat = int(settings.timeouts.heartbeat_seconds * 1000)
+def _open_router(context: Context, settings: config.Config, stack: ExitStack) -> zmq.Socket[bytes]:
+    lock(settings.bind, stack)
     options = {
         zmq.LINGER: _LINGER_MILLISECONDS,
         # Without it ROUTER drops what it cannot deliver and says nothing.
         zmq.ROUTER_MANDATORY: 1,
         zmq.MAXMSGSIZE: settings.limits.message_bytes,
         zmq.SNDHWM: settings.zeromq.send_high_water_mark,
-        zmq.RCVHWM: settings.zeromq.receive_high_water_mark,
-        zmq.BACKLOG: settings.zeromq.backlog,
-        zmq.HEARTBEAT_IVL: heartbeat,
-        zmq.HEARTBEAT_TIMEOUT: 3 * heartbeat,
-        zmq.HANDSHAKE_IVL: int(settings.timeouts.handshake_seconds * 1000),
-        zmq.TCP_KEEPALIVE: 1,
     }
-    for option, value in options.items():
-        router.setsockopt(option, value)
-    endpoints = {}
-    # An endpoint has the options that the socket has when it is bound: ipc's are guarded by permissions, not by keys.
-    for endpoint in sorted(settings.bind, key=_is_tcp):
-        if gate is not None and _is_tcp(endpoint):
-            gate.secure(router)
-        if endpoint.startswith("ipc:///"):
-            _lock(endpoint.removeprefix("ipc://"), stack)
-        try:
-            router.bind(endpoint)
-        except zmq.ZMQError as error:
-            raise AddressError(f"bind: cannot bind {endpoint}: {os.strerror(error.errno or 0)}") from error
-        endpoints[endpoint] = router.getsockopt_string(zmq.LAST_ENDPOINT)
-    return router, [endpoints[endpoint] for endpoint in settings.bind]
-
-
-def _lock(path: str, stack: ExitStack) -> None:
-    """Hold a lock beside an ipc path: binding a path that another process has bound takes it away without an error."""
-    try:
-        lock = stack.enter_context(open(f"{path}.lock", "w"))  # noqa: SIM115  # the stack closes it
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise AddressError(f"bind: cannot bind ipc://{path}: another process serves it") from error
-    except OSError as error:
-        raise AddressError(f"bind: cannot bind ipc://{path}: {error.strerror}") from error
+    return stack.enter_context(open_socket(context, zmq.ROUTER, settings, options))
 
 
 @contextmanager

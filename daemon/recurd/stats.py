@@ -118,6 +118,8 @@ class Stats:
         self.peers_expired = 0
         #: Handshakes refused for their key.
         self.auth_failures = 0
+        self.subscriptions_refused = 0
+        self.results_published = 0
         # counters: the wire
         self.frames_received = 0
         self.bytes_received = 0

@@ -56,6 +56,15 @@ class Tenant:
         """Whether it may have a stream of this name and model."""
         return "stream" in self.rights and self.models.match(model) and self.streams.match(stream)
 
+    def may_subscribe(self, prefix: bytes) -> bool:
+        """Whether it may have all published results whose topic starts so: its own, and those that it is given."""
+        if prefix.startswith(f"{self.name}/".encode()):
+            return True
+        return any(
+            prefix.startswith(topic[:-1].encode() if topic.endswith("*") else f"{topic}\0".encode())
+            for topic in self.subscribe
+        )
+
     def demand_stream(self, stream: str, model: str) -> None:
         """Raises :class:`Refused` (``forbidden``) where it may not have a stream of this name and model.
 

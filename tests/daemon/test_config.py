@@ -13,6 +13,7 @@ from recurd.config import (
     Limits,
     Log,
     Model,
+    Publish,
     Reload,
     Tenant,
     TenantLimits,
@@ -33,6 +34,7 @@ SECTIONS = {
     "zeromq": ZeroMQ,
     "durability": Durability,
     "auth": Auth,
+    "publish": Publish,
     "reload": Reload,
     "log": Log,
 }

@@ -345,7 +345,7 @@ def test_sighup_changes_tenants_at_once_and_what_cannot_be_read_changes_nothing(
 
         file.write_text(settings + '[tenants.local]\nstreams = ["hall-*"]\nrights = ["stream"]\n')
         daemon.process.send_signal(signal.SIGHUP)
-        eventually(lambda: "reloaded" in daemon.log)
+        eventually(lambda: "configuration_read" in daemon.log)
         assert dealer.ask(opening("cellar")).code == "forbidden"
         assert dealer.ask(wire.pack(Type.RESET, handle=handle, seq=1, generation=1)).code == "forbidden"
 

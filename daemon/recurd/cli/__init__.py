@@ -36,6 +36,7 @@ COMMANDS = {
     "serve": Entry("recurd.cli.serve:serve", "gpu", "Serve models to live streams."),
     "reload": Entry("recurd.cli.reload:reload", "gpu", "Have a daemon take over new files of its models."),
     "stream": Entry("recurd.cli.stream:stream", "gpu", "Send rows from a file or standard input, print predictions."),
+    "subscribe": Entry("recurd.cli.subscribe:command", "gpu", "Print results that a daemon publishes."),
     "bench": Entry("recurd.cli.bench:bench", "gpu", "Measure a daemon under load."),
     "keys": Entry("recurd.cli.keys:keys", "gpu", "Make keys for a daemon and for those who may connect to it."),
     "state": Entry("recurd.cli.state:state", "gpu", "Copy streams of a running daemon into a file, and back."),
