@@ -18,6 +18,8 @@ release, which is decided by the daemon it comes from.
 from collections import OrderedDict
 from collections.abc import Iterator
 
+import msgspec
+
 from recurd.errors import Code, Refused
 from recurd.peers import Peer
 from recurd.streams import Redirect, Stream
@@ -27,6 +29,12 @@ FENCE_SECONDS = 10.0
 _RETRY_SECONDS = 0.05
 #: Groups whose fate is remembered.
 _MAX_FATES = 10_000
+
+
+class OfGroup(msgspec.Struct, frozen=True):
+    """Keys of a command that only names a group."""
+
+    group: str
 
 
 class Group:

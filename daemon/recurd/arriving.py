@@ -1,0 +1,201 @@
+"""Streams that come from another daemon, or out of a file: looked at, taken in closed, and handed over or forgotten
+(:mod:`recurd.moving`)."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from recurd import wire
+from recurd.admin import Request
+from recurd.errors import Code, Refused
+from recurd.fences import Fences, Group, OfGroup
+from recurd.lane import Lane
+from recurd.lifecycle import Lifecycle
+from recurd.saving import ModelStamp, Parcel, Stamp, Unsaved
+from recurd.streams import Streams
+
+if TYPE_CHECKING:
+    from structlog.typing import FilteringBoundLogger
+
+#: As a configuration may have it.
+_MAX_IDLE_SECONDS = 1e9
+
+
+class _Import(msgspec.Struct, frozen=True):
+    group: str
+    stamps: list[ModelStamp]
+    accept_drift: bool = False
+    #: Keep them until it is decided about them, however long that takes.
+    lasting: bool = True
+
+
+class Arriving:
+    """The commands for it. Owned by :class:`recurd.moving.Moving`."""
+
+    def __init__(
+        self,
+        *,
+        lanes: Mapping[str, Lane],
+        streams: Streams,
+        fences: Fences,
+        unsaved: Unsaved,
+        lifecycle: Lifecycle,
+        log: "FilteringBoundLogger",
+    ) -> None:
+        self._lanes = lanes
+        self._streams = streams
+        self._fences = fences
+        self._unsaved = unsaved
+        self._lifecycle = lifecycle
+        self._log = log
+
+    def import_(self, request: Request, now: float) -> tuple[Any, bytes]:
+        """Take streams in, closed to clients: all of them or none."""
+        wanted = request.read(_Import)
+        try:
+            parcels = msgspec.msgpack.decode(request.data, type=list[Parcel]) if len(request.data) else []
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            raise Refused(Code.BAD_REQUEST, f"the streams cannot be read: {error}") from error
+        for stamp in wanted.stamps:
+            self._check_stamp(stamp.model, stamp.stamp, accept_drift=wanted.accept_drift)
+        # All are looked at before the first is taken in.
+        self._check_all(parcels, wanted.stamps)
+        group = self._fences.get(wanted.group, now)
+        fate = self._fences.fate(wanted.group)
+        if fate not in ("open", "unknown") or (group is not None and not group.is_held):
+            raise Refused(Code.BAD_REQUEST, f"group '{wanted.group}' was decided about before")
+        if group is None:
+            group = Group(wanted.group, [], is_held=True, is_lasting=wanted.lasting)
+            if parcels:
+                self._fences.add(group, now)
+        for parcel in parcels:
+            self._take_in(parcel, group, now)
+        for former in self._fences.held():
+            if former is not group and not any(former.members()):
+                self._fences.end(former, "dropped")  # all of it has come again
+        return {"streams": len(parcels)}, b""
+
+    def _check_stamp(self, model: str, theirs: Stamp, *, accept_drift: bool) -> None:
+        lane = self._lanes.get(model)
+        if lane is None:
+            raise Refused(Code.UNKNOWN_MODEL, f"there is no model '{model}', only {', '.join(sorted(self._lanes))}")
+        if lane.stamp.layout != theirs.layout:
+            raise Refused(
+                Code.WRONG_MODEL, f"the states of model '{model}' have other types or shapes here: {lane.stamp.layout}"
+            )
+        difference = lane.stamp.difference(theirs)
+        if difference is not None and not accept_drift:
+            raise Refused(
+                Code.WRONG_MODEL,
+                f"streams of model '{model}' were left by another one ({difference}); their results would differ, "
+                f"which --accept-drift takes in its stride",
+            )
+
+    def _check_all(self, parcels: list[Parcel], stamps: list[ModelStamp]) -> None:
+        """Raises :class:`Refused` unless every one of them can be taken in."""
+        checked = {(one.model, one.stamp.state_hash) for one in stamps}
+        new: dict[str, int] = {}
+        handles, names = set(), set()
+        for parcel in parcels:
+            saved = parcel.stream
+            if (saved.model, parcel.state_hash) not in checked:
+                raise Refused(Code.BAD_REQUEST, f"stream '{saved.name}' is of model '{saved.model}', without a stamp")
+            _check_parcel(parcel, self._lanes[saved.model])
+            self._check_place(parcel)
+            handles.add(parcel.handle)
+            names.add((saved.tenant, saved.name))
+            if self._streams.named(saved.tenant, saved.name) is None:
+                new[saved.tenant] = new.get(saved.tenant, 0) + 1
+                self._lifecycle.check_room(self._lanes[saved.model], saved.tenant, new[saved.tenant])
+        if len(handles) < len(parcels) or len(names) < len(parcels):
+            raise Refused(Code.BAD_REQUEST, "a stream stands there twice")
+
+    def _check_place(self, parcel: Parcel) -> None:
+        """Hold a stream that comes against those that are here. Raises :class:`Refused` (``exists``)."""
+        saved = parcel.stream
+        self._lifecycle.check_name(saved.name)
+        stream = self._streams.named(saved.tenant, saved.name)
+        other = self._streams.by_handle(parcel.handle)
+        if stream is None and other is None and not self._streams.is_reserved(saved.tenant, saved.name):
+            return
+        what = f"there is a stream '{saved.name}' of tenant '{saved.tenant}' already"
+        if stream is not other or stream is None or stream.lane.name != saved.model:
+            raise Refused(Code.EXISTS, f"{what}, another one")
+        is_held = stream.fence is not None and stream.fence.is_held
+        leaves = stream.fence is not None and not is_held
+        if leaves or stream.accepted > saved.seq or (stream.accepted < saved.seq and not is_held):
+            raise Refused(Code.EXISTS, f"{what}, at record {stream.accepted}, and {saved.seq} comes")
+
+    def _take_in(self, parcel: Parcel, group: Group, now: float) -> None:
+        stream = self._streams.by_handle(parcel.handle)
+        if stream is None:
+            stream = self._lifecycle.restore(parcel.handle, parcel.stream, parcel.answers, now)
+            # Nothing of it is in the journal yet.
+            stream.saved = stream.forgotten
+        elif stream.fence is None:
+            return  # it came before, and was handed over
+        else:
+            self._lifecycle.renew(stream, parcel.stream, parcel.answers, now)
+        if parcel.stream.state is not None:
+            stream.lane.slots.put(stream, parcel.stream.state)
+        if stream.fence is not group:
+            stream.fence = group
+            group.streams.append(stream)
+        self._unsaved.note(stream)
+
+    def admit(self, request: Request, now: float) -> tuple[Any, bytes]:
+        """They are this daemon's from now on."""
+        wanted = request.read(OfGroup)
+        group = self._fences.get(wanted.group, now)
+        if group is not None and group.is_held:
+            for stream in group.members():
+                stream.fence = None
+                stream.last_seen = now
+                self._unsaved.note(stream)
+            self._fences.end(group, "admitted")
+            self._log.info("streams_arrived", streams=len(group.streams))
+        return {"fate": self._fences.fate(wanted.group)}, b""
+
+    def drop(self, request: Request, now: float) -> tuple[Any, bytes]:
+        """They are not."""
+        wanted = request.read(OfGroup)
+        group = self._fences.get(wanted.group, now)
+        if group is not None and group.is_held:
+            self.forget(group)
+        return {"fate": self._fences.fate(wanted.group)}, b""
+
+    def forget(self, group: Group) -> None:
+        """No stream of it was ever here."""
+        for stream in list(group.members()):
+            self._lifecycle.forget(stream)
+        self._fences.end(group, "dropped")
+
+
+def _check_parcel(parcel: Parcel, lane: Lane) -> None:
+    """Hold a stream against what one can be. Raises :class:`Refused` (``bad_request``)."""
+    saved = parcel.stream
+    numbers = 0 <= saved.acked <= saved.seq < 2**63 and 1 <= saved.first_generation <= saved.generation < 2**32
+    if not (numbers and 0 < parcel.handle < 2**64 and 0 < saved.idle_timeout <= _MAX_IDLE_SECONDS):
+        raise Refused(Code.BAD_REQUEST, f"the numbers of stream '{saved.name}' cannot be")
+    if saved.state is not None and len(saved.state) != lane.row_bytes:
+        raise Refused(Code.BAD_REQUEST, f"the state of stream '{saved.name}' does not have {lane.row_bytes} bytes")
+    last = saved.acked
+    for seq, generation, header, payload in parcel.answers:
+        if not (
+            last < seq <= saved.seq and 1 <= generation <= saved.generation and _is_answer(parcel, seq, header, payload)
+        ):
+            raise Refused(Code.BAD_REQUEST, f"answer {seq} of stream '{saved.name}' cannot be")
+        last = seq
+
+
+def _is_answer(parcel: Parcel, seq: int, header: bytes, payload: bytes) -> bool:
+    try:
+        found, _ = wire.decode(header + payload)
+    except Refused:
+        return False
+    return found.type in _ANSWERS and (found.handle, found.seq) == (parcel.handle, seq)
+
+
+#: What a record may have been answered with, and is kept for retries.
+_ANSWERS = frozenset(wire.ANSWERS.values())
