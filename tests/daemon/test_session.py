@@ -1079,10 +1079,22 @@ class Course:
                     assert token in self.may_be_late
                 elif isinstance(outcome, RecurdError):
                     assert may_end, f"nothing was lost, and yet: {outcome}"
-                    over = True
+                    if self.has_run(stream, token):
+                        total = {"push": total + value, "get": total, "clone": total}.get(what, value)
+                    else:
+                        over = True
                 else:
                     assert not over, "a lost stream went on"
                     total = self.check_one(token, what, value, total)
+
+    def has_run(self, stream: str, token: str) -> bool:
+        """Whether a request that failed had run, its answer lost: one behind it was answered before it failed."""
+        decided = list(self.pair.outcomes)
+        asked = [one for one, _, _ in self.asked[stream]]
+        return any(
+            decided.index(later) < decided.index(token) and not isinstance(self.pair.outcomes[later], RecurdError)
+            for later in asked[asked.index(token) + 1 :]
+        )
 
     def check_one(self, token: str, what: str, value: float, total: float) -> float:
         """Hold an answer against the total before it; the total after it."""
