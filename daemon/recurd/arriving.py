@@ -10,9 +10,9 @@ from recurd import wire
 from recurd.admin import Request
 from recurd.errors import Code, Refused
 from recurd.fences import Fences, Group, OfGroup
-from recurd.lane import Lane
+from recurd.lane import Lane, states_of
 from recurd.lifecycle import Lifecycle
-from recurd.saving import ModelStamp, Parcel, Stamp, Unsaved
+from recurd.saving import ModelStamp, Parcel, Stamp, Unsaved, is_fresh
 from recurd.streams import Streams
 
 if TYPE_CHECKING:
@@ -142,19 +142,22 @@ class Arriving:
         if stream.fence is not group:
             stream.fence = group
             group.streams.append(stream)
-        self._unsaved.note(stream)
+        self._unsaved.note(stream, parcel.stream.state)
 
     def admit(self, request: Request, now: float) -> tuple[Any, bytes]:
         """They are this daemon's from now on."""
         wanted = request.read(OfGroup)
         group = self._fences.get(wanted.group, now)
         if group is not None and group.is_held:
-            for stream in group.members():
+            streams = list(group.members())
+            # As they stand now: before they are saved, a tick may be in the middle of what comes for them.
+            states = states_of([stream for stream in streams if not is_fresh(stream)])
+            for stream in streams:
                 stream.fence = None
                 stream.last_seen = now
-                self._unsaved.note(stream)
+                self._unsaved.note(stream, states.get(stream.handle))
             self._fences.end(group, "admitted")
-            self._log.info("streams_arrived", streams=len(group.streams))
+            self._log.info("streams_arrived", streams=len(streams))
         return {"fate": self._fences.fate(wanted.group)}, b""
 
     def drop(self, request: Request, now: float) -> tuple[Any, bytes]:

@@ -10,12 +10,11 @@ from recurd.engine import Engine
 from recurd.errors import JournalError
 from recurd.former import Copies
 from recurd.journal import Journal
-from recurd.lane import Lane
+from recurd.lane import states_of
 from recurd.loading import Loaded
 from recurd.model import Model
 from recurd.saving import Saving, Stamp, is_fresh
 from recurd.stats import Stats
-from recurd.streams import Stream
 
 if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
@@ -146,11 +145,5 @@ class Durable:
 
 def _states(saving: Saving) -> dict[int, bytes]:
     """The states of streams that are to be saved, by handle; nothing for those that start fresh."""
-    by_lane: dict[Lane, list[Stream]] = {}
-    for stream in saving.streams:
-        if stream.handle not in saving.known and not is_fresh(stream):
-            by_lane.setdefault(stream.lane, []).append(stream)
-    states = dict(saving.known)
-    for lane, streams in by_lane.items():
-        states |= zip((stream.handle for stream in streams), lane.slots.states(streams), strict=True)
-    return states
+    others = [stream for stream in saving.streams if stream.handle not in saving.known and not is_fresh(stream)]
+    return saving.known | states_of(others)

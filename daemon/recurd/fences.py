@@ -94,6 +94,8 @@ class Fences:
     def end(self, group: Group, fate: str) -> None:
         """Forget a group, and remember what became of it."""
         del self._groups[group.id]
+        # Streams and connections that are gone still know it; nothing else would let go of the lot of them.
+        group.streams, group.peers = [], []
         self.remember(group.id, fate)
 
     def remember(self, id: str, fate: str) -> None:

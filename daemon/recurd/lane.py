@@ -271,6 +271,17 @@ class Lane:
         return b"".join([piece for head in heads for piece in head])
 
 
+def states_of(streams: list[Stream]) -> dict[int, bytes]:
+    """The states of streams none of which is fresh, by handle."""
+    by_lane: dict[Lane, list[Stream]] = {}
+    for stream in streams:
+        by_lane.setdefault(stream.lane, []).append(stream)
+    states: dict[int, bytes] = {}
+    for lane, part in by_lane.items():
+        states |= zip((stream.handle for stream in part), lane.slots.states(part), strict=True)
+    return states
+
+
 def _gives_finite(contract: Contract) -> bool:
     """Whether NaN and infinity in a result mean that something is wrong: not where its author got some too."""
     if contract.heads[0].dtype not in ("float32", "float64", "float16"):

@@ -9,7 +9,7 @@ from recurd import wire
 from recurd.admin import Request
 from recurd.errors import Code, Refused
 from recurd.fences import Fences, Group, OfGroup
-from recurd.lane import Lane
+from recurd.lane import states_of
 from recurd.lifecycle import Lifecycle
 from recurd.peers import Outbox, Peers
 from recurd.saving import ModelStamp, Parcel, SavedStream, is_fresh
@@ -139,7 +139,7 @@ class Leaving:
         wanted = request.read(_Export)
         group = self._demand(wanted.group, now)
         page, following = self._page(group, wanted)
-        states = _states([stream for stream in page if not is_fresh(stream)])
+        states = states_of([stream for stream in page if not is_fresh(stream)])
         data = msgspec.msgpack.encode([_parcel(stream, states.get(stream.handle)) for stream in page])
         # What stands there is in the middle of something: ask again.
         waits = following < len(group.streams) and not _is_settled(group.streams[following])
@@ -234,17 +234,6 @@ def _is_settled(stream: Stream) -> bool:
 def _size(stream: Stream) -> int:
     answers = sum(_ANSWER_BYTES + len(payload) for _, _, (_, payload) in stream.answers)
     return _STREAM_BYTES + len(stream.name) + stream.lane.row_bytes + answers
-
-
-def _states(streams: list[Stream]) -> dict[int, bytes]:
-    """The states of streams none of which is fresh, by handle."""
-    by_lane: dict[Lane, list[Stream]] = {}
-    for stream in streams:
-        by_lane.setdefault(stream.lane, []).append(stream)
-    states: dict[int, bytes] = {}
-    for lane, part in by_lane.items():
-        states |= zip((stream.handle for stream in part), lane.slots.states(part), strict=True)
-    return states
 
 
 def _parcel(stream: Stream, state: bytes | None) -> Parcel:

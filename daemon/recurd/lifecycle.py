@@ -206,7 +206,7 @@ class Lifecycle:
         if stream is None:
             self._check_moved(request.stream, peer)
         elif self._fences.check(stream, request.group):
-            self._unsaved.note(stream)
+            self._unsaved.note(stream, stream.lane.slots.state(stream))
         if request.mode == "resume":
             self._check_resume(stream, request, peer)
         elif self.draining and (stream is None or request.mode == "new"):
@@ -275,14 +275,6 @@ class Lifecycle:
             text = f"idle_timeout_seconds is more than 0 and at most {lane.idle_seconds:g}"
             raise Refused(Code.BAD_REQUEST, text)
         return lane
-
-    def _check_name(self, name: str) -> None:
-        size = len(name.encode("utf-8", "surrogatepass"))
-        if not 0 < size <= self._limits.name_bytes or not name.isprintable():
-            raise Refused(
-                Code.BAD_NAME,
-                f"a stream's name has 1 to {self._limits.name_bytes} bytes of UTF-8, all of them printable",
-            )
 
     def _check_resume(self, stream: Stream | None, request: wire.Open, peer: Peer) -> None:
         if stream is None:

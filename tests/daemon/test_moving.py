@@ -1,5 +1,7 @@
 """Streams that go from one daemon to another: open at one of them at most, whoever goes away when."""
 
+import gc
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from recurd.config import Config, override
 from recurd.fences import FENCE_SECONDS
 from recurd.model import Model
 from recurd.saving import Parcel
+from recurd.streams import Stream
 from recurd.wire import Flag, Operation, Type
 from recurrent import Network
 
@@ -61,6 +64,18 @@ def move(here: Desk, there: Desk, group: str = "g", upto: str = "admit") -> Any:
 
 def names(desk: Desk) -> set[str]:
     return {stream.name for stream in desk.engine._streams.all()}
+
+
+@pytest.fixture
+def no_collection() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def living() -> int:
+    return sum(isinstance(thing, Stream) for thing in gc.get_objects())
 
 
 # --- the way of a stream ---
@@ -119,6 +134,20 @@ def test_what_was_accepted_is_finished_before_a_stream_leaves_and_what_comes_the
     (last,) = follower.run(chunk(handle, 3, draw(3, 2), ack=2))
     whole = PUMP.run(np.concatenate([draw(1, 20), draw(2, 3), draw(3, 2)]))[0]["output"]
     np.testing.assert_allclose(last.output, whole[23:], **CLOSE)
+
+
+@pytest.mark.usefixtures("no_collection")
+def test_streams_that_have_left_or_not_come_are_let_go_at_once(here: Desk, there: Desk) -> None:
+    """The daemon does not look for garbage among what has lived for a while."""
+    before = living()
+    for caller, name in ((here.connect("c"), "s"), (here.connect("d"), "t")):
+        caller.run(chunk(caller.handle(name), 1, draw(1, 5)))
+    move(here, there, "g", upto="import")
+    Operator(there).ask("drop", group="g")
+    assert living() == before + 2
+    Operator(here).ask("release", group="g", endpoint=B)
+
+    assert living() == before
 
 
 def test_all_streams_of_a_connection_leave_together_and_those_without_one_leave_first(here: Desk) -> None:

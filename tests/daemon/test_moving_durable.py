@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import structlog
 
-from dialogue import Desk, chunk
+from dialogue import Desk, admin, chunk, opening
 from moving import Operator
 from recurd.config import Config, override
 from recurd.durable import Durable
 from recurd.model import Model
-from recurd.wire import Flag
+from recurd.wire import Flag, Type
 from recurrent import Network
 
 PUMP = Network(layers=1, learned=True, counter=True)
@@ -137,6 +137,35 @@ def test_a_second_try_puts_the_journal_to_where_the_stream_is_now(
         (last,) = follower.run(chunk(handle, 6, draw(6), ack=5))
         whole = PUMP.run(np.concatenate([draw(seed) for seed in range(1, 7)]))[0]["output"]
         np.testing.assert_allclose(last.output, whole[25:], **CLOSE)
+
+
+@pytest.mark.parametrize("how", ["admitted", "asked for"])
+def test_a_stream_that_is_handed_over_and_run_at_once_stands_in_the_journal_as_it_came(
+    models: list[Model], folders: tuple[Path, Path], how: str
+) -> None:
+    with Daemon(folders[0], models[0]) as here:
+        caller, source = here.connect("c"), Operator(here)
+        handle = caller.handle("s")
+        caller.run(chunk(handle, 1, draw(1)))
+        stamps = source.ask("gather", group="g", fence=True)["stamps"]
+        data = source.export("g")
+        source.ask("release", group="g", endpoint=B)
+    with Daemon(folders[1], models[1]) as there:
+        Operator(there).ask("import", data, group="g", stamps=stamps)
+        operator, follower = there.connect("o"), there.connect("c")
+        if how == "admitted":
+            operator.send(admin("admit", group="g"))
+        # All in one round, and more steps than a tick has: it is saved in the middle of the chunk.
+        follower.send(opening("s", group="g"), chunk(handle, 2, draw(2, 200), ack=1))
+        assert there.tick() is not None
+        assert [reply.type for reply in follower.take()] == [Type.OPENED]
+
+    with Daemon(folders[1], models[1]) as there:
+        follower = there.connect("c")
+        follower.open("s", mode="resume", generation=1)
+        (result,) = follower.run(chunk(handle, 2, draw(2)))
+        whole = PUMP.run(np.concatenate([draw(1), draw(2)]))[0]["output"]
+        np.testing.assert_allclose(result.output, whole[5:], **CLOSE)
 
 
 def test_what_is_dropped_is_not_in_the_journal(models: list[Model], folders: tuple[Path, Path]) -> None:
