@@ -325,6 +325,7 @@ class Engine:
                     self._answer_chunk(lane, stream, chunk, pieces)
                     finished.append(chunk.arrived)
             self._settle(stream, now)
+        lane.scheduler.pace.ran(now - tick.taken_at, len(tick.rows))
         _count_tick(lane.stats, tick, finished, now)
         self._give_up([tick.rows[index] for index in spoiled], Code.POISONED)
 

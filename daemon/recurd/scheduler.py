@@ -121,6 +121,16 @@ class Pace:
             self.seconds_per_row = self._seconds / self._rows
         self._taken_at, self._taken = now, rows if left else 0
 
+    def ran(self, seconds: float, rows: int) -> None:
+        """The run of the tick taken last took so long.
+
+        Where it left nobody in line, what was known fades to that: a pace that is too slow keeps others out of the
+        line, and would never be held against another tick.
+        """
+        if not self._taken and seconds < self.seconds_per_row * rows:
+            self.seconds_per_row = max(seconds / rows, _PACE_MEMORY * self.seconds_per_row)
+            self._seconds = self.seconds_per_row * self._rows
+
     def pause(self) -> None:
         """No tick will be taken for a while, for other reasons."""
         self._taken = 0
@@ -157,6 +167,8 @@ class Scheduler:
         if stream in self._line:
             self._line.remove(stream)
         self._turns.remove(stream)
+        if not len(self):
+            self.pace.pause()
 
     def take(self, now: float) -> tuple[list[Row], list[Stream]]:
         """The rows of the next tick, the longest waiting stream first; empty when the line is, or all were late.

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dialogue import Caller, Desk, Reply, chunk, reset
+from dialogue import Caller, Desk, Reply, chunk, opening, reset
 from recurd.config import Config, Limits, Tick
 from recurd.model import Model
 from recurd.scheduler import Pace
@@ -48,6 +48,17 @@ def test_a_pause_does_not_count() -> None:
     pace.pause()
     pace.took(60.0, 10, left=True)
     pace.took(61.0, 10, left=True)
+
+    assert pace.seconds_per_row == pytest.approx(0.1)
+
+
+def test_while_nobody_waits_the_pace_fades_to_that_of_the_runs() -> None:
+    pace = Pace()
+    pace.took(0.0, 10, left=True)
+    pace.took(600.0, 10, left=False)
+    for _ in range(100):
+        pace.took(1000.0, 10, left=False)
+        pace.ran(1.0, 10)
 
     assert pace.seconds_per_row == pytest.approx(0.1)
 
@@ -155,6 +166,36 @@ def test_a_line_that_is_too_long_even_for_one_turn_lets_nobody_in(model: Model) 
     while pump.desk.engine.queued_chunks > 30:
         pump.tick(0.1)
     assert pump.send(pump.handles[110])
+
+
+def test_one_tick_that_took_very_long_keeps_nobody_out_for_ever(model: Model) -> None:
+    pump = Pump(model, 40)
+    for handle in pump.handles[:5]:
+        pump.send(handle)
+    pump.tick(60)
+    pump.tick(0.01)
+
+    for _ in range(120):
+        pump.tick(0.01)
+        let_in = [pump.send(handle) for handle in pump.handles[:20]]
+        while pump.desk.engine.queued_chunks:
+            pump.tick(0.01)
+    assert all(let_in)
+
+
+def test_the_time_after_the_last_in_line_has_ended_does_not_count(model: Model) -> None:
+    pump = Pump(model, 5)
+    for handle in pump.handles:
+        pump.send(handle)
+    pump.tick(0.01)
+    pump.caller.send(opening("s4", mode="new"))
+    pump.caller.take()
+    pump.desk.now += 3600
+    for handle in pump.handles[:4]:
+        pump.send(handle)
+    pump.tick(0.01)
+
+    assert pump.desk.engine._lanes["pump"].scheduler.pace.seconds_per_row == 0
 
 
 def test_a_reset_needs_no_turn_and_is_let_in(model: Model) -> None:
