@@ -15,7 +15,7 @@ from recurd.layout import Layout
 from recurd.saving import VERSION_DIGITS, Stamp
 from recurd.scheduler import Scheduler, Shape
 from recurd.stats import ModelStats
-from recurd.streams import Chunk, Stream
+from recurd.streams import Chunk, Kind, Stream
 from recurd.tenants import Share
 
 #: How much longer than others the only chunk of a stream may wait: a thousand streams that send at one moment are no
@@ -35,6 +35,8 @@ class Room:
         self.bytes = 0
         #: Bytes of the answers kept for retries.
         self.retained = 0
+        #: And of the results of what is queued: they will be kept until they are acknowledged.
+        self.due = 0
 
     @property
     def full(self) -> bool:
@@ -139,6 +141,15 @@ class Lane:
         self._is_finite = _gives_finite(device.contract)
         self._take_states(device.contract)
 
+    def hand_over(self, stream: Stream, to: "Lane") -> None:
+        """Let a stream go to another lane, with what it has queued and the room kept for its clones to come."""
+        rooms = 1 + sum(record.kind is Kind.CLONE for record in stream.queue)
+        size = sum(record.data.nbytes for record in stream.queue)
+        for lane, sign in ((self, -1), (to, 1)):
+            lane.streams += sign * rooms
+            lane._count(sign * size)
+        stream.lane = to
+
     @property
     def full(self) -> bool:
         """There is no room for the state of another stream."""
@@ -147,11 +158,6 @@ class Lane:
     def has_no_room(self, count: int) -> bool:
         """There is none for the states of so many more streams."""
         return self.slots.store is None and self.streams + count > self._max_streams
-
-    @property
-    def _due_bytes(self) -> int:
-        """Bytes of the results of what is queued: they will be kept until they are acknowledged."""
-        return self._queued_bytes * self._result_step_bytes // self._step_bytes
 
     def enter(self, stream: Stream, chunk: Chunk) -> None:
         """Count a chunk that is about to be queued. Raises :class:`Refused` (``busy``, ``limit``) without room for it.
@@ -164,7 +170,7 @@ class Lane:
         if (
             (room.chunks >= room.max_chunks and not is_first)
             or room.bytes + size > room.max_bytes
-            or room.retained + self._due_bytes >= room.max_retained * (1 if stream.answers else 2)
+            or room.retained + room.due >= room.max_retained * (1 if stream.answers else 2)
         ):
             raise room.refusal()
         wait_seconds = self.scheduler.wait_seconds(stream)
@@ -176,7 +182,7 @@ class Lane:
             share.enter(chunk, is_first)
         room.chunks += 1
         room.bytes += size
-        self._queued_bytes += size
+        self._count(size)
         self.stats.queued_chunks += 1
 
     def leave(self, chunks: int, size: int, share: Share | None) -> None:
@@ -185,8 +191,14 @@ class Lane:
             share.leave(chunks, size)
         self._room.chunks -= chunks
         self._room.bytes -= size
-        self._queued_bytes -= size
+        self._count(-size)
         self.stats.queued_chunks -= chunks
+
+    def _count(self, size: int) -> None:
+        """Count bytes that are queued here from now on, and the results that will come of them."""
+        before = self._queued_bytes * self._result_step_bytes // self._step_bytes
+        self._queued_bytes += size
+        self._room.due += self._queued_bytes * self._result_step_bytes // self._step_bytes - before
 
     def retain(self, size: int, share: Share | None) -> None:
         """Count bytes of answers that are kept from now on; negative: not any more."""

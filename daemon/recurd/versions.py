@@ -154,9 +154,7 @@ class Versions:
         if any(record.kind in (Kind.PUT, Kind.RESET_TO) for record in stream.queue):
             return False  # to be given a state of the former version
         former.slots.drop(stream)
-        former.streams -= 1
-        present.streams += 1
-        stream.lane = present
+        former.hand_over(stream, present)
         return True
 
     def drop(self) -> None:

@@ -57,6 +57,16 @@ def test_the_results_of_what_is_queued_are_counted_before_they_are_there(pump: M
     assert caller.run(chunk(handle, 7, X, ack=6))[0].type == Type.RESULT
 
 
+def test_results_to_come_are_counted_over_all_models(pump: Model) -> None:
+    limits = Limits(retained_bytes=3 * RESULT, stream_credit=64)
+    desk = Desk({"pump": pump, "other": pump}, Config(limits=limits))
+    caller = desk.connect()
+    first, second = caller.handle("s"), caller.handle("t", "other")
+    caller.send(*(chunk(first, seq, X) for seq in range(1, 7)), chunk(second, 1, X))
+
+    assert [(reply.header.handle, reply.code) for reply in caller.take()] == [(second, "busy")]
+
+
 def test_streams_that_end_give_the_room_of_their_results_back(pump: Model) -> None:
     desk = Desk({"pump": pump}, Config(limits=Limits(retained_bytes=2 * RESULT, queued_bytes=10**6)))
     caller = desk.connect()

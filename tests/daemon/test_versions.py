@@ -508,6 +508,23 @@ def test_a_clone_lives_and_ends_with_the_version_of_its_source(models: dict[str,
     assert not desk.engine._versions.former
 
 
+def test_a_stream_goes_over_with_what_it_has_queued_and_the_clones_it_will_have(models: dict[str, Model]) -> None:
+    desk = open_desk(models)
+    caller = desk.connect()
+    handle = caller.handle("s")
+    caller.send(chunk(handle, 1, draw(1)), reset(handle, 2), state(handle, 3, Operation.CLONE, b"t", generation=2))
+    caller.send(chunk(handle, 4, draw(2), generation=2))
+    replace(desk, models["new"])
+    desk.run()
+    *_, result = answers(caller)
+    desk.tick()
+
+    np.testing.assert_allclose(result.output, truth(NEW, draw(2)), **CLOSE)
+    assert not desk.engine._versions.former
+    assert desk.engine._lanes["pump"].streams == 2
+    assert desk.engine._room.due == 0
+
+
 def test_a_device_that_cannot_take_the_states_changes_nothing(models: dict[str, Model]) -> None:
     desk = open_desk(models)
     caller = desk.connect()
