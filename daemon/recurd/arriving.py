@@ -183,13 +183,11 @@ def _check_parcel(parcel: Parcel, lane: Lane) -> None:
         raise Refused(Code.BAD_REQUEST, f"the numbers of stream '{saved.name}' cannot be")
     if saved.state is not None and len(saved.state) != lane.row_bytes:
         raise Refused(Code.BAD_REQUEST, f"the state of stream '{saved.name}' does not have {lane.row_bytes} bytes")
-    last = saved.acked
-    for seq, generation, header, payload in parcel.answers:
-        if not (
-            last < seq <= saved.seq and 1 <= generation <= saved.generation and _is_answer(parcel, seq, header, payload)
-        ):
+    if len(parcel.answers) != saved.seq - saved.acked:
+        raise Refused(Code.BAD_REQUEST, f"answers of stream '{saved.name}' are missing")
+    for number, (seq, generation, header, payload) in enumerate(parcel.answers, saved.acked + 1):
+        if not (seq == number and 1 <= generation <= saved.generation and _is_answer(parcel, seq, header, payload)):
             raise Refused(Code.BAD_REQUEST, f"answer {seq} of stream '{saved.name}' cannot be")
-        last = seq
 
 
 def _is_answer(parcel: Parcel, seq: int, header: bytes, payload: bytes) -> bool:

@@ -358,6 +358,7 @@ def parcels(here: Desk) -> tuple[list[Parcel], Any]:
     [
         {"state": b"xyz"},
         {"acked": 7},
+        {"seq": 2**40},
         {"seq": -1},
         {"generation": 0},
         {"generation": 2**40},
