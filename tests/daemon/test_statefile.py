@@ -109,7 +109,6 @@ def rewrite(file: Path, entries: Any = None, stamps: Any = None, **tensors: Any)
         ({"pump/h": np.zeros((2, 1, 2), np.float32)}, "are of different numbers of streams"),
         ({"pump/h": None}, "the state of stream 'a' is not in it"),
     ],
-    ids=str,
 )
 def test_a_file_whose_parts_do_not_fit_is_refused_in_one_sentence(
     file: Path, changes: dict[str, Any], words: str
