@@ -425,7 +425,7 @@ class Engine:
         """A stream has nothing queued any more; some end then."""
         if stream.closing is not None:
             self._lifecycle.finish_close(stream)
-        elif stream.lane.is_ending:
+        elif stream.lane.is_ending and not (stream.untouched and self._versions.renew(stream)):
             self._lifecycle.end(stream, Code.RELOADED, "reloaded")
 
     # --- versions of models ---
@@ -465,8 +465,7 @@ class Engine:
 
     def _look_after_former(self) -> None:
         for stream in self._versions.due():
-            if not (stream.untouched and self._versions.renew(stream)):
-                self._lifecycle.end(stream, Code.RELOADED, "reloaded")
+            self._rest(stream)
         self._versions.drop()
 
     # --- durability ---

@@ -399,6 +399,22 @@ def test_a_stream_that_has_no_state_to_lose_goes_over(models: dict[str, Model]) 
     np.testing.assert_allclose(results[untouched, 1].output, truth(NEW, draw(1)), **CLOSE)
 
 
+def test_a_stream_that_has_no_state_to_lose_goes_over_when_its_first_chunk_is_late_too(
+    models: dict[str, Model],
+) -> None:
+    desk = open_desk(models)
+    caller = desk.connect()
+    handle = caller.handle("s")
+    caller.send(chunk(handle, 1, draw(1), code=1))
+    desk.now += 1
+    replace(desk, models["new"], "restart")
+    desk.run()
+    assert [reply.code for reply in answers(caller)] == ["late"]
+
+    (result,) = caller.run(chunk(handle, 1, draw(2)))
+    np.testing.assert_allclose(result.output, truth(NEW, draw(2)), **CLOSE)
+
+
 def test_thousands_of_streams_end_piece_by_piece(models: dict[str, Model]) -> None:
     desk = open_desk(models, limits=Limits(streams=2000))
     caller = desk.connect()
