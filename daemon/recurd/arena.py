@@ -9,13 +9,15 @@ A slot is only needed while a stream runs, so the slots of a lane are a cache. A
 The device tensors themselves belong to :class:`recurd.model.Model`; this is the bookkeeping beside them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from recurd.contract import Contract
+from recurd.errors import DeviceLost
 from recurd.saving import Stamp
 from recurd.stats import ModelStats
 from recurd.streams import NO_SLOT, Stream
@@ -101,7 +103,7 @@ class Slots:
     def admit(self, streams: list[Stream]) -> None:
         """Give a slot to every stream of the next tick, at most as many as there are slots; others go out for them.
 
-        Raises :class:`~recurd.errors.JournalError` when a state cannot be read.
+        Raises :class:`~recurd.errors.JournalError` when a state cannot be read, and :class:`DeviceLost`.
         """
         self._tick += 1
         missing = [stream for stream in streams if stream.slot == NO_SLOT]
@@ -122,7 +124,7 @@ class Slots:
         streams = [stream for slot in oldest.tolist() if (stream := self._holders[slot]) is not None]
         to_read = [stream for stream in streams if not (stream.fresh or self._is_stored(stream))]
         if to_read:
-            rows = self.device.rows(np.array([stream.slot for stream in to_read], np.int64))
+            rows = self._read(to_read)
             for stream, row in zip(to_read, rows, strict=True):
                 self._keep(stream, row)
         for stream in streams:
@@ -139,7 +141,8 @@ class Slots:
             self._used[slot] = self._tick
         self._stats.slots_used += len(streams)
         if stateful:
-            self.device.write_rows(np.array([stream.slot for stream in stateful], np.int64), states)
+            with _answering():
+                self.device.write_rows(np.array([stream.slot for stream in stateful], np.int64), states)
             self._stats.paged_in += len(stateful)
             self._stats.page_in_seconds.observe(self._clock() - begin)
         for stream in streams:
@@ -161,9 +164,21 @@ class Slots:
     def states(self, streams: list[Stream]) -> list[bytes]:
         """The states of streams none of which is fresh, in bulk."""
         here = [stream for stream in streams if stream.slot != NO_SLOT]
-        rows = iter(self.device.rows(np.array([stream.slot for stream in here], np.int64)) if here else ())
+        rows = iter(self._read(here) if here else ())
         kept = iter(self._kept([stream for stream in streams if stream.slot == NO_SLOT]))
         return [next(kept if stream.slot == NO_SLOT else rows) for stream in streams]
+
+    def _read(self, streams: list[Stream]) -> list[bytes]:
+        with _answering():
+            return self.device.rows(np.array([stream.slot for stream in streams], np.int64))
+
+    def check(self) -> None:
+        """After a run that raised: whether it was the input, or the device is gone. Raises :class:`DeviceLost`.
+
+        Some errors of CUDA stay for the rest of the process; then every run would fail and nobody would look after it.
+        """
+        with _answering():
+            self.device.rows(np.zeros(1, np.int64))
 
     def put(self, stream: Stream, state: bytes) -> None:
         """Give a stream, not in a tick, another state; it goes to the device with the stream's next tick."""
@@ -204,3 +219,12 @@ class Slots:
         """Whether the journal holds the very state that the device does."""
         in_the_middle = bool(stream.queue and stream.queue[0].taken)
         return self.store is not None and stream.saved == stream.answered and not in_the_middle
+
+
+@contextmanager
+def _answering() -> Iterator[None]:
+    """Reading and writing rows is what no input can make fail: where it does, the device is gone."""
+    try:
+        yield
+    except Exception as error:
+        raise DeviceLost(f"the device does not answer any more: {str(error).strip().partition(chr(10))[0]}") from error

@@ -23,7 +23,7 @@ from recurd import wire
 from recurd.admin import Admin
 from recurd.arena import Device, Store
 from recurd.config import Config
-from recurd.errors import Broken, Code, JournalError, Refused
+from recurd.errors import Broken, Code, Refused, StartError
 from recurd.fences import Fences
 from recurd.lane import Lane, Room
 from recurd.lifecycle import Identity, Lifecycle, header_of
@@ -170,8 +170,8 @@ class Engine:
                 self._on_other(header, payload, peer, now)
         except (Refused, Broken) as error:
             self._outbox.send_error(peer, header, error)
-        except JournalError:
-            raise  # a state that cannot be read: as with a tick, nothing can be gone on with
+        except StartError:
+            raise  # a state that cannot be read, in the journal or on the device: nothing can be gone on with
         except Exception:
             # A bug must not take the other streams down with it.
             self._stats.internal_errors += 1

@@ -17,15 +17,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import zmq
 from msgspec import structs
 
 from recurd import auth, config, systemd
 from recurd.admin import Request
-from recurd.arena import Device
 from recurd.engine import Engine
-from recurd.errors import Code, ConfigError, DeviceLost, ExitCode, Refused, StartError
+from recurd.errors import Code, ConfigError, ExitCode, Refused, StartError
 from recurd.former import Copies
 from recurd.http import Application, Health, HttpServer, Phase
 from recurd.lifecycle import Identity
@@ -271,11 +269,12 @@ class Server:
         tick = self._engine.take_tick(time.monotonic())
         if tick is None:
             return
+        lane = tick.lane
         try:
-            outputs = tick.lane.device.run(tick.slots, tick.fresh, tick.lengths, tick.input)
+            outputs = lane.device.run(tick.slots, tick.fresh, tick.lengths, tick.input)
         except Exception as error:  # whatever the runtime raises, nobody but this tick's streams is told so
             self._engine.fail(tick, error, time.monotonic())
-            _check_device(tick.lane.device)
+            lane.slots.check()
         else:
             self._engine.complete(tick, outputs, time.monotonic())
 
@@ -414,17 +413,6 @@ def _load_models(settings: config.Config, device: str, log: "FilteringBoundLogge
             seconds=one.seconds,
         )
     return loaded
-
-
-def _check_device(device: Device) -> None:
-    """After a run that raised: whether it was the input, or the device is gone. Raises :class:`DeviceLost`.
-
-    Some errors of CUDA stay for the rest of the process; then every run would fail and nobody would look after it.
-    """
-    try:
-        device.rows(np.zeros(1, np.int64))
-    except Exception as error:
-        raise DeviceLost(f"the device does not answer any more: {error}") from error
 
 
 def _open_router(context: Context, settings: config.Config, stack: ExitStack) -> zmq.Socket[bytes]:

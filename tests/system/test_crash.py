@@ -16,6 +16,7 @@ from dialogue import chunk, opening
 from process import Dealer, Process, eventually
 from recurd import wire
 from recurd.errors import ExitCode
+from recurd.wire import Type
 from recurrent import Network
 
 ROOT = Path(__file__).parents[2]
@@ -150,7 +151,8 @@ Model.run, Model.rows = broken(Model.run, "RUN"), broken(Model.rows, "ROWS")
 """
 
 
-def test_a_run_that_raises_ends_no_daemon_but_a_device_that_is_gone_does(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [Type.CHUNK, Type.STATE])
+def test_a_run_that_raises_ends_no_daemon_but_a_device_that_is_gone_does(tmp_path: Path, kind: Type) -> None:
     """What goes wrong in a device is put into the daemon's process from outside."""
     run, rows = tmp_path / "run", tmp_path / "rows"
     (tmp_path / "sitecustomize.py").write_text(BROKEN.replace("RUN", str(run)).replace("ROWS", str(rows)))
@@ -167,7 +169,10 @@ def test_a_run_that_raises_ends_no_daemon_but_a_device_that_is_gone_does(tmp_pat
         results.append(dealer.ask(wire.frame(chunk(handle, 2, x, ack=1))).output)
         run.touch()
         rows.touch()
-        dealer.send(wire.frame(chunk(handle, 3, x, ack=2)))
+        last = wire.frame(chunk(handle, 3, x, ack=2))
+        if kind is Type.STATE:
+            last = wire.pack(Type.STATE, flags=1, handle=handle, generation=1, seq=3, ack=2)
+        dealer.send(last)
         assert daemon.wait() == ExitCode.DEVICE_LOST
         assert "recurd: the device does not answer any more: CUDA error" in daemon.log
     run.unlink()

@@ -210,7 +210,8 @@ def test_ctrl_c_opens_at_once_what_was_on_its_way(
     with Remote(there.endpoint) as remote:
         eventually(lambda: remote.ask("groups")[0]["held"] or first.poll() is not None)
         first.send_signal(signal.SIGINT)
-        assert first.wait(30) in (0, 130)
+        # done already, stopped, or caught by the signal while it was leaving
+        assert first.wait(30) in (0, 130, -signal.SIGINT)
         assert remote.ask("groups")[0] == {"held": {}}
     results = finish(loads)
     saved = streams_of(here.endpoint, tmp_path)
