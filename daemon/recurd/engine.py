@@ -558,7 +558,7 @@ class Engine:
             self._halted is not None
             or self._fences.redirect is not None
             or self._room.full
-            or len(self._streams) >= self._max_streams
+            or self._streams.all_have(self._max_streams)
             or all(lane.full for lane in self._lanes.values())
         )
 

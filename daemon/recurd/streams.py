@@ -305,6 +305,10 @@ class Streams:
         """Streams of a tenant, those to come included."""
         return self._per_tenant.get(tenant, 0)
 
+    def all_have(self, count: int) -> bool:
+        """Whether every tenant that has streams has so many."""
+        return bool(self._per_tenant) and min(self._per_tenant.values()) >= count
+
     def reserve(self, tenant: str, name: str) -> None:
         """Keep a name, which is free, for a stream to come."""
         self._reserved.add((tenant, name))

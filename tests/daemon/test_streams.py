@@ -25,6 +25,10 @@ def test_streams_are_counted_by_tenant() -> None:
     add(streams, "s", tenant="other")
 
     assert (len(streams), streams.count("local"), streams.count("other")) == (2, 1, 1)
+    assert streams.all_have(1)
+    second = add(streams, "t")
+    assert not streams.all_have(2)  # the other one may have more
+    streams.end(second, Code.CLOSED)
     streams.end(ours, Code.CLOSED)
     assert (len(streams), streams.count("local"), streams.named("local", "s")) == (1, 0, None)
     assert streams.named("other", "s") is not None
