@@ -132,8 +132,12 @@ def read_pair(path: Path) -> Pair:
 def _read(path: Path) -> tuple[dict[str, str], int]:
     """The keys of a file, and its mode."""
     try:
-        with open(path, encoding="utf-8") as file:
-            text, mode = file.read(_MAX_BYTES), os.fstat(file.fileno()).st_mode
+        # A daemon does not wait for the other end of a pipe.
+        with open(path, encoding="utf-8", opener=_open_now) as file:
+            mode = os.fstat(file.fileno()).st_mode
+            if not stat.S_ISREG(mode):
+                raise KeyFileError(f"{path}: is no file")
+            text = file.read(_MAX_BYTES)
     except OSError as error:
         raise KeyFileError(f"{path}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -145,6 +149,10 @@ def _read(path: Path) -> tuple[dict[str, str], int]:
                 raise KeyFileError(f"{path}: has two {match[1]} keys")
             found[match[1]] = match[3]
     return found, mode
+
+
+def _open_now(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def _key(path: Path, found: dict[str, str], kind: str) -> str:

@@ -111,7 +111,7 @@ class Lifecycle:
 
     def hello(self, header: wire.Header, payload: wire.Buffer, peer: Peer) -> None:
         """HELLO: greet a stranger, or a peer that says it again."""
-        hello = wire.decode_body(payload, wire.Hello)
+        hello = wire.decode_request(payload, wire.Hello)
         if wire.VERSION not in hello.versions:
             raise Refused(Code.BAD_VERSION, f"only version {wire.VERSION} is spoken here", expected=wire.VERSION)
         if not peer.greeted:
@@ -151,23 +151,28 @@ class Lifecycle:
     def _admit_peer(self, peer: Peer) -> None:
         if self.draining:
             raise Refused(Code.DRAINING, "the daemon is shutting down")
-        if len(self._peers) >= self._limits.connections and not self._forget_silent(peer.last_seen):
+        # As with the rest of the room: a tenant may have as many as are still free, so others always get in.
+        free = self._limits.connections - len(self._peers)
+        is_greedy = free > 0 and self._tenants.is_shared and self._peers.count(peer.tenant) >= free
+        if (not free or is_greedy) and not self._forget_silent(peer.last_seen, peer.tenant if is_greedy else None):
+            open_ = self._peers.count(peer.tenant) if is_greedy else len(self._peers)
             raise Refused(
                 Code.BUSY,
-                f"{len(self._peers)} connections are open, the most there may be",
+                f"{open_} connections are open, the most there may be",
                 retry_after_seconds=self._limits.busy_retry_seconds,
             )
         self._peers.add(peer)
         self._stats.peers = len(self._peers)
 
-    def _forget_silent(self, now: float) -> bool:
-        """Make room for a new connection where the longest silent one is probably gone, whether one was.
+    def _forget_silent(self, now: float, tenant: str | None) -> bool:
+        """Make room for a new connection where the longest silent one (of a tenant) is probably gone, whether one was.
 
         A connection that broke leaves its peer behind, and whoever reconnects comes as another. Were it alive after
         all, it would be asked to say HELLO again and lose nothing.
         """
-        peer = self._peers.longest_silent()
-        if peer is None or peer.last_seen > now - 3 * self._timeouts.heartbeat_seconds:
+        silent = self._peers.silent_since(now - 3 * self._timeouts.heartbeat_seconds)
+        peer = next((peer for peer in silent if tenant in (None, peer.tenant)), None)
+        if peer is None:
             return False
         self._forget_peer(peer)
         self._stats.peers_expired += 1
@@ -192,7 +197,7 @@ class Lifecycle:
 
     def open(self, header: wire.Header, payload: wire.Buffer, peer: Peer, now: float) -> None:
         """OPEN: attach a stream to the peer, resumed or new. Raises :class:`Refused` or :class:`Broken`."""
-        request = wire.decode_body(payload, wire.Open)
+        request = wire.decode_request(payload, wire.Open)
         if self._streams.is_reserved(peer.tenant, request.stream):
             raise Refused(
                 Code.BUSY,
@@ -472,7 +477,8 @@ class Lifecycle:
             stream.peer.handles.discard(stream.handle)
         self._stats.streams["detached" if stream.peer is None else "attached"] -= 1
         self._stats.streams_ended[reason] += 1
-        log = self._log.debug if reason in ("closed", "moved", "reloaded") else self._log.info
+        # Not what a client does as often as it likes.
+        log = self._log.debug if reason in ("closed", "moved", "reloaded", "replaced") else self._log.info
         log(
             "stream_ended",
             reason=reason,

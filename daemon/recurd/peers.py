@@ -4,7 +4,7 @@ A peer is a ROUTER routing id, which says where answers go and nothing about who
 authentication.
 """
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from typing import TYPE_CHECKING
 
 from recurd import wire
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 #: many as its high-water mark allows.
 _JOIN_BYTES = 256 * 1024
 
+#: A longer text of an error is cut: some repeat what they are about, and nobody shall fill the memory with what he does
+#: not read.
+_TEXT_CHARACTERS = 4096
 
 #: Types of the messages whose errors may travel joined with answers; 0: an error about a stream, asked by nobody.
 _JOINED = frozenset({0}) | wire.RECORDS
@@ -80,6 +83,7 @@ class Peers:
 
     def __init__(self) -> None:
         self._by_id: OrderedDict[bytes, Peer] = OrderedDict()
+        self._per_tenant: Counter[str] = Counter()
 
     def __len__(self) -> int:
         return len(self._by_id)
@@ -92,10 +96,16 @@ class Peers:
         """Remember a peer that has said HELLO."""
         peer.greeted = True
         self._by_id[peer.routing_id] = peer
+        self._per_tenant[peer.tenant] += 1
+
+    def count(self, tenant: str) -> int:
+        """Peers of a tenant."""
+        return self._per_tenant[tenant]
 
     def remove(self, peer: Peer) -> None:
         """Forget a peer."""
         del self._by_id[peer.routing_id]
+        self._per_tenant[peer.tenant] -= 1
 
     def seen(self, peer: Peer, now: float) -> None:
         """Note that a peer is alive."""
@@ -158,7 +168,7 @@ class Outbox:
         counts[error.code] += 1
         body = wire.Error(
             code=error.code.word,
-            text=error.text,
+            text=error.text[:_TEXT_CHARACTERS],
             in_reply_to=header.type,
             expected=getattr(error, "expected", None),
             retry_after_seconds=getattr(error, "retry_after_seconds", None),

@@ -46,6 +46,8 @@ if TYPE_CHECKING:
 _BEAT_SECONDS = 0.5
 #: What a thread sends that has something for the loop: the number of no signal.
 _WAKE = b"\0"
+#: Bytes that count as much as a record in what is received between two ticks: large frames take their time too.
+_BYTES_A_RECORD = 16384
 #: How long the socket may go on sending answers after the loop has ended.
 _LINGER_MILLISECONDS = 1000
 
@@ -243,7 +245,8 @@ class Server:
             except zmq.Again:
                 return
             # Anything but exactly one frame is no message of ours; an empty one is refused as such.
-            room -= receive(frames[0] if len(frames) == 1 else b"", routing_id, clock())
+            frame = frames[0] if len(frames) == 1 else b""
+            room -= receive(frame, routing_id, clock()) + sum(map(len, frames)) // _BYTES_A_RECORD
 
     def _receive_from_users(self) -> None:
         """The same, with whom each message is from: the routing id does not say, as a client may take another's."""
@@ -257,7 +260,8 @@ class Server:
             except zmq.Again:
                 return
             user = (auth.user_of(frames[-1]) if frames else "") or unnamed
-            room -= receive(frames[0].bytes if len(frames) == 1 else b"", routing_id.bytes, clock(), user)
+            frame = frames[0].bytes if len(frames) == 1 else b""
+            room -= receive(frame, routing_id.bytes, clock(), user) + sum(map(len, frames)) // _BYTES_A_RECORD
 
     def _change(self) -> None:
         """Between two ticks: what whoever runs the daemon asks for, and what has come of it."""

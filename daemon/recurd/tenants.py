@@ -113,8 +113,8 @@ class Tenants:
         """``sections``: ``[tenants.NAME]`` of the configuration. ``users``: tenants by public key; ``None`` without
         authentication, where a user's name is its tenant's.
         """
-        # One tenant that has the daemon for itself pays for no accounts.
-        self._is_shared = False
+        #: Whether there may be more than one: one that has the daemon for itself pays for no accounts.
+        self.is_shared = False
         self._shares: dict[str, Share] = {}
         self._known: dict[str, Tenant] = {}
         self.change(sections or {}, users)
@@ -124,7 +124,7 @@ class Tenants:
 
         A daemon that had neither counts what is opened from then on.
         """
-        self._is_shared |= users is not None or bool(sections)
+        self.is_shared |= users is not None or bool(sections)
         self._sections = dict(sections)
         self._users = None if users is None else dict(users)
         self._known.clear()
@@ -152,7 +152,7 @@ class Tenants:
 
     def share(self, name: str, room: "Room") -> "Share | None":
         """What a tenant holds of the daemon's room; ``None`` where one tenant has all of it."""
-        if not self._is_shared:
+        if not self.is_shared:
             return None
         share = self._shares.get(name)
         if share is None:

@@ -42,6 +42,8 @@ MAX_EXPIRES_SECONDS = 65.535
 ATTEMPT = 0xF0
 #: Records in a MULTI, at most: what one frame can make the other side do before it looks up again.
 MAX_RECORDS = 1024
+#: Bytes of the JSON of a HELLO or OPEN, at most: reading megabytes of it would hold up everybody else.
+MAX_REQUEST_BYTES = 65536
 
 Body = TypeVar("Body")
 Buffer = bytes | memoryview
@@ -326,6 +328,15 @@ def decode_body(payload: Buffer, type: type[Body]) -> Body:
         return msgspec.json.decode(payload, type=type)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise Refused(Code.BAD_REQUEST, f"the JSON body cannot be read: {error}") from error
+
+
+def decode_request(payload: Buffer, type: type[Body]) -> Body:
+    """The JSON body of a HELLO or OPEN, as :func:`decode_body`; a large one is refused unread."""
+    if len(payload) > MAX_REQUEST_BYTES:
+        raise Refused(
+            Code.BAD_REQUEST, f"a JSON body has at most {MAX_REQUEST_BYTES} bytes, this one has {len(payload)}"
+        )
+    return decode_body(payload, type)
 
 
 # JSON bodies

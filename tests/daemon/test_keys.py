@@ -1,5 +1,6 @@
 """Key files: written once, with the right permissions, and never believed when they are not good."""
 
+import os
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -226,3 +227,11 @@ def test_the_command_makes_shows_and_lists_keys(tmp_path: Path) -> None:
 
 def test_a_pair_keeps_quiet_about_its_secret() -> None:
     assert "hidden" not in f"{Pair('shown', 'hidden')!r} {Pair('shown', 'hidden')}"
+
+
+def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.key")
+    (tmp_path / "zeros.key").symlink_to("/dev/zero")
+    for name in ("pipe.key", "zeros.key"):
+        with pytest.raises(KeyFileError, match="is no file"):
+            read_public(tmp_path / name)

@@ -589,3 +589,12 @@ def test_a_bug_answers_internal_and_spares_the_other_streams(
     assert desk.stats.internal_errors == 1
     assert any(event["event"] == "internal_error" for event in desk.events)
     assert push(caller, second).shape == (4, 2)
+
+
+def test_large_requests_are_refused_unread_and_no_error_repeats_all_that_it_is_about(open_desk: OpenDesk) -> None:
+    caller = open_desk().connect()
+
+    assert caller.open("s", "m" * 70_000).code == "bad_request"
+    unknown = caller.open("s", "m" * 60_000)
+    assert unknown.code == "unknown_model"
+    assert len(unknown.payload) < 5000

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dialogue import Array, Desk, chunk, hello, opening, reset
+from dialogue import Array, Desk, chunk, hello, opening, ping, reset
 from recurd.config import Config, Limits, Tenant, TenantLimits
 from recurd.model import Model
 from recurd.tenants import LOCAL, Patterns, Tenants
@@ -353,3 +353,17 @@ def test_a_tenants_thousand_streams_delay_anothers_single_one_by_a_tick(open_des
 
     (answer,) = single.take()
     assert answer.type == Type.RESULT
+
+
+def test_a_tenant_cannot_take_all_connections(open_desk: OpenDesk) -> None:
+    desk = open_desk(Limits(connections=8), a=Tenant(), b=Tenant())
+    callers = [desk.connect(f"a{number}", greet=False, tenant="a") for number in range(8)]
+    assert [caller.ask(hello()).code for caller in callers] == [""] * 4 + ["busy"] * 4
+    desk.connect("b0", tenant="b")
+    desk.connect("b1", tenant="b")
+
+    desk.now += 16
+    assert callers[0].ask(ping(1)).type == Type.PONG
+    again = desk.connect("a8", tenant="a")  # in the place of one that is probably gone, of its own
+    assert callers[1].ask(ping(1)).code == "hello_required"
+    assert again.ask(ping(1)).type == Type.PONG
