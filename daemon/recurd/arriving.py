@@ -10,6 +10,7 @@ from recurd import wire
 from recurd.admin import Request
 from recurd.errors import Code, Refused
 from recurd.fences import Fences, Group, OfGroup
+from recurd.keys import NAME
 from recurd.lane import Lane, states_of
 from recurd.lifecycle import Lifecycle
 from recurd.saving import ModelStamp, Parcel, Stamp, Unsaved, is_fresh
@@ -178,7 +179,10 @@ class Arriving:
 def _check_parcel(parcel: Parcel, lane: Lane) -> None:
     """Hold a stream against what one can be. Raises :class:`Refused` (``bad_request``)."""
     saved = parcel.stream
-    numbers = 0 <= saved.acked <= saved.seq < 2**63 and 1 <= saved.first_generation <= saved.generation < 2**32
+    if not NAME.fullmatch(saved.tenant):
+        raise Refused(Code.BAD_REQUEST, f"'{saved.tenant}' cannot be the name of a tenant")
+    # Far from where numbers end on the wire: the stream is to go on from them.
+    numbers = 0 <= saved.acked <= saved.seq < 2**63 and 1 <= saved.first_generation <= saved.generation < 2**31
     if not (numbers and 0 < parcel.handle < 2**64 and 0 < saved.idle_timeout <= _MAX_IDLE_SECONDS):
         raise Refused(Code.BAD_REQUEST, f"the numbers of stream '{saved.name}' cannot be")
     if saved.state is not None and len(saved.state) != lane.row_bytes:
