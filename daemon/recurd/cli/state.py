@@ -28,6 +28,8 @@ Examples:
 \b
 Streams go on while they are copied: each stands in the file between two of its chunks, with the results that its
 client has not acknowledged. The file holds what streams have learned of their data: keep it as you keep the data.
+
+Exit codes: 0 done, 1 the daemon refused, 65 the file cannot be written, 69 no daemon or no answer.
 """
 IMPORT_EPILOG = """\b
 Examples:

@@ -31,7 +31,7 @@ The first row of CSV names the columns, in any order; where the model's contract
 held against each other. JSON lines are objects by feature name or arrays, one a step.
 Rows are sent as they come, at most --chunk-steps at once (exactly so many for models whose results depend on
 where a chunk ends). The stream's state is kept by the daemon: the next call goes on where this one ended.
-Close a stream that is done with (--close), or its slot in the daemon stays taken until the idle time-out.
+Close a stream that is done with (--close), or the daemon keeps its state until the idle time-out.
 \b
 Exit codes: 0 all rows were answered, 1 the daemon refused a row or lost the state, or the predictions cannot be
 written, 2 wrong usage, 65 a row cannot be read, 69 no daemon or no answer, 77 a
@@ -58,7 +58,7 @@ key file is not good, 130 interrupted.
     help="Seconds rows may wait to be run; those that are late are left out, and said so on standard error.",
 )
 @click.option("--reset", is_flag=True, help="Start from the initial state, not where the stream stood.")
-@click.option("--close", is_flag=True, help="Close the stream at the end of input, so that its slot is free.")
+@click.option("--close", is_flag=True, help="Close the stream at the end of input; its state is dropped.")
 @click.option("--no-header", is_flag=True, help="CSV without a row of names, in and out.")
 @click.option("--ignore-extra", is_flag=True, help="Leave out columns the model does not know.")
 @click.option("--timeout", default=30.0, show_default=True, help="Seconds to wait for the daemon.")
