@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 #: Answers are joined into frames of at most this size: larger ones save nothing, and a peer that does not read holds as
 #: many as its high-water mark allows.
-_JOIN_BYTES = 256 * 1024
+_JOIN_BYTES = 64 * 1024
 
 #: A longer text of an error is cut: some repeat what they are about, and nobody shall fill the memory with what he does
 #: not read.
