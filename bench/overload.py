@@ -93,8 +93,11 @@ class Sensors:
         self._latencies = Latencies()
         self._answered = self._offered = self._dropped = 0
         self._refused = sum(self._fleet.errors.values())
-        #: When an answer came that was late, or a refusal.
-        self.unwell_at = 0.0
+        #: When the first slice of time had passed in which the daemon was well.
+        self.well_at = np.inf
+        self._slice: list[Array] = []
+        self._slice_at = time.perf_counter()
+        self._slice_refused = self._refused
 
     def run(self, rate: float, seconds: float, well_seconds: float = np.inf) -> Part:
         """Send so many chunks a second altogether for so long."""
@@ -144,13 +147,21 @@ class Sensors:
         if not frames:
             return
         now = time.perf_counter()
-        refused = sum(self._fleet.errors.values())
         answers = self._fleet.take(frames, now)
         latencies = now - self._sent_at[answers.ids, answers.seqs % 1024]
         self._latencies.add(latencies)
         self._answered += len(answers.ids)
-        if sum(self._fleet.errors.values()) > refused or (len(latencies) and np.median(latencies) > well_seconds):
-            self.unwell_at = now
+        self._slice.append(latencies)
+        if now >= self._slice_at + SLICE_SECONDS:
+            self._look(now, well_seconds)
+
+    def _look(self, now: float, well_seconds: float) -> None:
+        """At the end of a slice of time: was the daemon well?"""
+        refused = sum(self._fleet.errors.values())
+        latencies = np.concatenate(self._slice)
+        if refused == self._slice_refused and len(latencies) and np.median(latencies) <= well_seconds:
+            self.well_at = min(self.well_at, now)
+        self._slice, self._slice_at, self._slice_refused = [], now, refused
 
     def _part(self, seconds: float, cpu_seconds: float) -> Part:
         latency = self._latencies.milliseconds()
@@ -206,7 +217,7 @@ def run(
         say(f"at {OVERLOAD} times: {overload}")
         ended = time.perf_counter()
         sensors.run(CALM * capacity, calm_seconds, WELL * before.p50_ms / 1000)
-        recovery = max(0.0, sensors.unwell_at - ended)
+        recovery = sensors.well_at - ended
         after = sensors.run(CALM * capacity, calm_seconds)
         say(f"at {CALM} times again: {after}")
         unanswered = sensors.settle()

@@ -73,7 +73,8 @@ def is_key(text: str) -> bool:
 def new(name: str, directory: Path) -> tuple[Path, Path]:
     """Make a pair of keys and write ``NAME.key`` and ``NAME.key_secret`` (mode 0600); their paths.
 
-    The directory is made (mode 0700) when it is not there. Raises :class:`KeyFileError` where one of the files exists.
+    The directory is made (mode 0700) when it is not there, the one it is in is not: a slip would put a secret where
+    nobody looks for it. Raises :class:`KeyFileError`, also where one of the files exists.
     """
     if not NAME.fullmatch(name):
         raise KeyFileError(
@@ -82,7 +83,7 @@ def new(name: str, directory: Path) -> tuple[Path, Path]:
     public_path, secret_path = directory / (name + PUBLIC_SUFFIX), directory / (name + SECRET_SUFFIX)
     public, secret = (key.decode() for key in zmq.curve_keypair())
     try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        directory.mkdir(mode=0o700, exist_ok=True)
         for path in (public_path, secret_path):
             if path.exists():
                 raise FileExistsError(path)

@@ -32,6 +32,12 @@ def test_a_new_pair_can_be_read_and_its_secret_is_its_owners_alone(tmp_path: Pat
     assert pair.secret not in repr(pair) + public.read_text()
 
 
+def test_a_slip_in_a_folders_name_puts_no_secret_there(tmp_path: Path) -> None:
+    with pytest.raises(KeyFileError, match="cannot be written: No such file"):
+        new("gateway-7", tmp_path / "slip" / "keys")
+    assert not (tmp_path / "slip").exists()
+
+
 def test_the_files_are_those_of_pyzmq(tmp_path: Path) -> None:
     public, secret = new("ours", tmp_path)
     pair = read_pair(secret)
