@@ -355,7 +355,7 @@ class Fuzz:
             "queued_bytes": (room.bytes, limits.queued_bytes),
             "retained_bytes": (room.retained, 2 * limits.retained_bytes + limits.message_bytes),
             "slots": (len(engine._lanes[self._name].slots), self._model.slots),
-            "streams": (len(engine._streams), 2 * limits.streams),
+            "streams of a tenant": (max(engine._streams._per_tenant.values(), default=0), limits.streams),
         }
         self.broken += [f"{name}: {found} > {most}" for name, (found, most) in bounds.items() if found > most]
 
