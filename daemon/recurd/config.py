@@ -64,7 +64,7 @@ class Tick(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     steps: Count = 64
     padding_ratio: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.25
     strict: bool = False
-    receive_records: Count = 256
+    receive_records: Count = 1024
 
 
 class Timeouts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
