@@ -270,7 +270,7 @@ def turn(daemon: child.Child, load: Load, streams: int, slots: int, seconds: flo
     """Chunks for random ones of all streams, then for as many as there are slots for."""
     before = metrics(daemon, PAGING)
     cold_chunks, cold_seconds = load.random(seconds, streams)
-    ticks, spent, paged = metrics(daemon, PAGING) - before
+    ticks, spent, paged = (metrics(daemon, PAGING) - before).tolist()
     say(f"{cold_chunks / cold_seconds:,.0f} chunks a second where the states have to be paged in")
     some = min(streams, slots // 2)
     load.push(range(some))

@@ -75,11 +75,11 @@ def fingerprint(path: str | Path) -> str:
     A pipe can be read once only, so it never changes.
     """
     path = Path(path)
-    if path.is_fifo():
-        return ""
     sidecar = path.with_suffix(".contract.json")
     marks = []
     try:
+        if path.is_fifo():
+            return ""
         for part in (path, sidecar) if sidecar.exists() else (path,):
             with part.open("rb") as file:
                 marks.append(hashlib.file_digest(file, "sha256").hexdigest())

@@ -14,6 +14,8 @@ import zmq
 from dialogue import chunk, closing, hello, opening, ping, reset
 from process import Dealer, Process, eventually
 from recurd import wire
+from recurd.errors import ContractError
+from recurd.loading import fingerprint
 from recurd.wire import Flag, Type
 from recurrent import Array, Network, States
 
@@ -304,3 +306,8 @@ def test_connections_that_speak_no_zeromq_hold_up_nobody(daemon: Process, dealer
                 raw.sendall(noise)
             witness.goes_on()
             assert dealer.ask(ping(1)).type == Type.PONG
+
+
+def test_a_model_path_that_cannot_be_looked_at_is_said_in_a_sentence() -> None:
+    with pytest.raises(ContractError, match="cannot be read: File name too long"):
+        fingerprint("x" * 300)
