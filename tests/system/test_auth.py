@@ -409,3 +409,14 @@ def test_the_gate_answers_nothing_but_curve_in_its_own_domain(tmp_path: Path) ->
         for frames in ((b"",), (b"1.0", b"1"), good[:6], (*good, b"")):
             assert ask(*frames) == b"400"
         assert booth.stats.auth_failures == 10
+
+
+def test_a_check_of_the_configuration_looks_at_the_keys_as_the_start_does(house: House) -> None:
+    command = [sys.executable, "-m", "recurd", "serve", "--config", str(house.folder / "recurd.toml"), "--check"]
+    good = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (good.returncode, good.stderr) == (0, "")
+
+    (house.folder / "server.key_secret").unlink()
+    bad = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert bad.returncode == 77
+    assert "server.key_secret: cannot be read" in bad.stderr

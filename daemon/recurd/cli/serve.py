@@ -42,7 +42,7 @@ connect, 78 the configuration is wrong.
     help="What they outlive; power syncs every commit.  [process with --journal, else off]",
 )
 @click.option("--accept-drift", is_flag=True, default=None, help="Go on with streams of other weights or runtimes.")
-@click.option("--check", is_flag=True, help="Check configuration and model files, and exit.")
+@click.option("--check", is_flag=True, help="Check configuration, key and model files, and exit.")
 @click.pass_context
 def serve(ctx: click.Context, /, check: bool, **flags: Any) -> None:
     """Serve MODELS (files written by 'recurd export') to live streams until SIGTERM or Ctrl-C.
@@ -51,7 +51,10 @@ def serve(ctx: click.Context, /, check: bool, **flags: Any) -> None:
     """
     read = partial(build_config, **flags)
     if check:
+        from recurd import auth
+
         settings = read()
+        auth.read(settings.auth, settings.tenants)
         names = _check_models(settings)
         click.echo(f"recurd: the configuration is good; it serves {', '.join(names)} at {', '.join(settings.bind)}")
         return
