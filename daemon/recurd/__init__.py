@@ -11,9 +11,21 @@ from recurd.errors import Broken, RecurdError, Refused, Unanswered
 if TYPE_CHECKING:
     from recurd import aio
     from recurd.client import Client, Stream, connect
+    from recurd.layout import StreamState
     from recurd.subscriber import subscribe
 
-__all__ = ["Broken", "Client", "RecurdError", "Refused", "Stream", "Unanswered", "aio", "connect", "subscribe"]
+__all__ = [
+    "Broken",
+    "Client",
+    "RecurdError",
+    "Refused",
+    "Stream",
+    "StreamState",
+    "Unanswered",
+    "aio",
+    "connect",
+    "subscribe",
+]
 __version__ = "0.1.0"
 
 
@@ -25,6 +37,8 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module("recurd.aio")
     if name in ("connect", "Client", "Stream"):
         return getattr(importlib.import_module("recurd.client"), name)
+    if name == "StreamState":
+        return importlib.import_module("recurd.layout").StreamState
     if name == "subscribe":
         return importlib.import_module("recurd.subscriber").subscribe
     raise AttributeError(f"module 'recurd' has no attribute '{name}'")

@@ -19,8 +19,9 @@ from recurd.backlog import Record
 from recurd.errors import RecurdError, Unanswered
 from recurd.interface import CLOSED, Connection, OpenStream, closed_error
 from recurd.keys import Credentials, read_credentials
+from recurd.layout import StreamState
 from recurd.link import Link
-from recurd.signature import GET_STATE, RESET, Array, Payload, Result, clone
+from recurd.signature import GET_STATE, RESET, Payload, Result, clone
 from recurd.writer import Mode, Writer
 
 _Value = TypeVar("_Value")
@@ -272,9 +273,9 @@ class Stream(OpenStream):
         payload = RESET if to is None else self._given(wire.Operation.RESET_TO, to)
         await self._carry_out(payload, "the reset", timeout_seconds)
 
-    async def state(self, *, timeout_seconds: float | None = None) -> dict[str, Array]:
+    async def state(self, *, timeout_seconds: float | None = None) -> StreamState:
         """The state after the chunks handed in before; see :meth:`recurd.client.Stream.state`."""
-        states: dict[str, Array] = await self._carry_out(GET_STATE, "the request", timeout_seconds)
+        states: StreamState = await self._carry_out(GET_STATE, "the request", timeout_seconds)
         return states
 
     async def set_state(self, states: Mapping[str, npt.ArrayLike], *, timeout_seconds: float | None = None) -> None:

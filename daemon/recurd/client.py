@@ -29,8 +29,9 @@ from recurd.backlog import Record
 from recurd.errors import RecurdError, Unanswered
 from recurd.interface import CLOSED, Connection, OpenStream, closed_error
 from recurd.keys import Credentials, read_credentials
+from recurd.layout import StreamState
 from recurd.link import Link
-from recurd.signature import GET_STATE, RESET, Array, Payload, Result, clone
+from recurd.signature import GET_STATE, RESET, Payload, Result, clone
 from recurd.writer import Mode, Writer
 
 _log = logging.getLogger("recurd.client")
@@ -365,23 +366,24 @@ class Stream(OpenStream):
         payload = RESET if to is None else self._given(wire.Operation.RESET_TO, to)
         self._carry_out(payload, "the reset", self._client._deadline(timeout_seconds))
 
-    def state(self, *, timeout_seconds: float | None = None) -> dict[str, Array]:
+    def state(self, *, timeout_seconds: float | None = None) -> StreamState:
         """The state after the chunks handed in before: the contract's states by name, ``[*shape]`` each.
 
-        Without a batch axis. Raises what :meth:`push` raises.
+        Without a batch axis. It knows which weights it is of. Raises what :meth:`push` raises.
         """
-        states: dict[str, Array] = self._carry_out(GET_STATE, "the request", self._client._deadline(timeout_seconds))
+        states: StreamState = self._carry_out(GET_STATE, "the request", self._client._deadline(timeout_seconds))
         return states
 
     def set_state(self, states: Mapping[str, npt.ArrayLike], *, timeout_seconds: float | None = None) -> None:
         """Go on from another state after the chunks handed in before: one that :meth:`state` gave, or one's own.
 
-        All states of the contract by name, ``[*shape]`` each; numbers are converted where that is safe. The generation
-        stays; :meth:`reset` with ``to`` is a fresh start from a state.
+        All states of the contract by name, ``[*shape]`` each; numbers are converted where that is safe. What
+        :meth:`state` gave is taken by a stream on the same weights only; a plain dictionary counts as a state of the
+        weights that the stream is on. The generation stays; :meth:`reset` with ``to`` is a fresh start from a state.
 
         Raises, besides what :meth:`push` raises:
             TypeError, ValueError: not the states of the model; nothing was sent.
-            Refused: ``state_mismatch``: the daemon serves other weights, or states, than it told; ``not_finite``.
+            Refused: ``state_mismatch``: a state of other weights than the stream is on; ``not_finite``.
         """
         payload = self._given(wire.Operation.PUT, states)
         self._carry_out(payload, "the state", self._client._deadline(timeout_seconds))

@@ -425,8 +425,11 @@ class Engine:
         """A stream has nothing queued any more; some end then."""
         if stream.closing is not None:
             self._lifecycle.finish_close(stream)
-        elif stream.lane.is_ending and not (stream.untouched and self._versions.renew(stream)):
-            self._lifecycle.end(stream, Code.RELOADED, "reloaded")
+        elif stream.lane.is_ending:
+            if stream.untouched and self._versions.renew(stream):
+                self._lifecycle.went_over(stream)
+            else:
+                self._lifecycle.end(stream, Code.RELOADED, "reloaded")
 
     # --- versions of models ---
 

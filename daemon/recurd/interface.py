@@ -87,7 +87,7 @@ class OpenStream:
         return payload
 
     def _given(self, operation: wire.Operation, states: Mapping[str, npt.ArrayLike]) -> Payload:
-        """A state for the wire. Raises TypeError or ValueError for what is none of the model."""
+        """A state for the wire. Raises TypeError, ValueError or :class:`Refused` for what is none of the model."""
         payload = self.signature.given(operation, states)
         self._check_size(payload, "a state of this model")
         return payload

@@ -21,6 +21,26 @@ HASH_BYTES = 32
 Array = npt.NDArray[Any]
 
 
+class StreamState(dict[str, Array]):
+    """A stream's state: the contract's states by name, ``[*shape]`` each, and of which weights they are.
+
+    Copies are of the same weights, also changed ones (``state | {"h": h}``) and those that were pickled. A state whose
+    arrays lay elsewhere is put together with its hash: ``StreamState(np.load("state.npz"), state_hash=...)``.
+    """
+
+    def __init__(self, states: Mapping[str, Array], *, state_hash: str) -> None:
+        super().__init__(states)
+        #: The state hash of the contract whose states these are, in hexadecimal.
+        self.state_hash = state_hash
+
+    def copy(self) -> "StreamState":
+        """Another one with the same arrays."""
+        return StreamState(self, state_hash=self.state_hash)
+
+    def __or__(self, other: Mapping[str, Array]) -> "StreamState":  # type: ignore[override]  # it stays what it is
+        return StreamState({**self, **other}, state_hash=self.state_hash)
+
+
 class State(Protocol):
     """What is needed of a state (:class:`recurd.contract.State`, or a client's notion of it)."""
 
@@ -45,6 +65,7 @@ class Layout:
 
     def __init__(self, state_hash: str, states: Iterable[State]) -> None:
         """``states`` in the contract's order; ``state_hash`` in hexadecimal."""
+        self.state_hash = state_hash
         self._hash = bytes.fromhex(state_hash)
         self._states = tuple(states)
         dtypes = dict.fromkeys(state.dtype for state in self._states)
@@ -67,11 +88,7 @@ class Layout:
     def unpack(self, payload: wire.Buffer) -> wire.Buffer:
         """The row of a payload. Raises :class:`Refused` (``state_mismatch``) for that of another model."""
         if len(payload) >= HASH_BYTES and payload[:HASH_BYTES] != self._hash:
-            raise Refused(
-                Code.STATE_MISMATCH,
-                f"a state of state hash {bytes(payload[:4]).hex()}... is not one of {self._hash[:4].hex()}...: other "
-                "weights, or states of other names, types or shapes",
-            )
+            raise _mismatch(bytes(payload[:HASH_BYTES]).hex(), self.state_hash)
         if len(payload) != HASH_BYTES + self.row_bytes:
             raise Refused(
                 Code.STATE_MISMATCH,
@@ -81,13 +98,14 @@ class Layout:
 
     # --- as arrays ---
 
-    def split(self, row: wire.Buffer) -> dict[str, Array]:
+    def split(self, row: wire.Buffer) -> StreamState:
         """The states of a row by name, in the contract's order; the arrays are the caller's own."""
         states = {
             state.name: np.frombuffer(row, kind, math.prod(state.shape), start).reshape(state.shape).copy()
             for state, kind, start in self._places
         }
-        return {state.name: states[state.name] for state in self._states}
+        in_order = {state.name: states[state.name] for state in self._states}
+        return StreamState(in_order, state_hash=self.state_hash)
 
     def join(self, states: Mapping[str, npt.ArrayLike]) -> bytes:
         """The row of states by name. Numbers are converted where that keeps their meaning.
@@ -95,7 +113,10 @@ class Layout:
         Raises:
             TypeError: something that is no such number.
             ValueError: states of other names or shapes.
+            Refused: ``state_mismatch``: a :class:`StreamState` of other weights.
         """
+        if isinstance(states, StreamState) and states.state_hash != self.state_hash:
+            raise _mismatch(states.state_hash, self.state_hash)
         names = [state.name for state in self._states]
         if not isinstance(states, Mapping) or set(states) != set(names):
             found = ", ".join(map(str, states)) if isinstance(states, Mapping) else type(states).__name__
@@ -108,6 +129,11 @@ class Layout:
             kind.kind != "f" or wire.all_finite(np.frombuffer(row, kind, math.prod(state.shape), start))
             for state, kind, start in self._places
         )
+
+
+def _mismatch(given: str, ours: str) -> Refused:
+    text = f"a state of state hash {given[:8]}... is not one of {ours[:8]}...: "
+    return Refused(Code.STATE_MISMATCH, text + "other weights, or states of other names, types or shapes")
 
 
 def _convert(value: npt.ArrayLike, state: State, kind: np.dtype[Any]) -> Array:

@@ -228,9 +228,17 @@ class Lifecycle:
         stream.last_seen = now
         stream.lane.retain(-stream.acknowledge(header.ack), stream.share)
         self._attach(stream, peer)
+        self._send_opened(stream, peer, header.seq)
+
+    def went_over(self, stream: Stream) -> None:
+        """Tell whoever uses a stream that it goes by the present version of its model from now on."""
+        if stream.peer is not None:
+            self._send_opened(stream, stream.peer, 0)
+
+    def _send_opened(self, stream: Stream, peer: Peer, request_id: int) -> None:
         opened = wire.Opened(
             stream=stream.name,
-            model=lane.name,
+            model=stream.lane.name,
             generation=stream.generation,
             last_seq=stream.accepted,
             fresh=stream.untouched and not stream.queue,
@@ -240,7 +248,7 @@ class Lifecycle:
             contract=stream.lane.contract.public() if stream.lane.is_former else UNSET,
         )
         record = wire.control(
-            wire.Type.OPENED, opened, generation=stream.generation, handle=stream.handle, seq=header.seq
+            wire.Type.OPENED, opened, generation=stream.generation, handle=stream.handle, seq=request_id
         )
         self._outbox.send_control(peer, record)
 

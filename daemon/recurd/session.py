@@ -336,7 +336,8 @@ class Session:
         if header.seq == self._hello_id:
             self._welcomed(welcome, now)
         elif not header.seq and self._state is _State.READY:
-            # Unasked: the daemon serves other models from now on. Streams that are open keep their signature.
+            # Unasked: the daemon serves other models from now on. Streams that are open keep their signature until
+            # they are told by an OPENED, unasked too, that they go by another.
             self._signatures = {}
             self.welcome = welcome
 
@@ -353,12 +354,16 @@ class Session:
         self._welcome_tokens.clear()
 
     def _opened(self, header: wire.Header, body: wire.Opened, now: float) -> None:
-        writer = self._requests.pop(header.seq, None)
+        writer = self._requests.pop(header.seq, None) if header.seq else self._by_handle.get(header.handle)
         if writer is None or writer.phase is Phase.ENDED:
             return
-        self._by_handle[header.handle] = writer
         try:
-            writer.opened(header, body, self._signature(body), now)
+            signature = self._signature(body)
+            if not header.seq:
+                writer.went_over(signature)
+            else:
+                self._by_handle[header.handle] = writer
+                writer.opened(header, body, signature, now)
         except (KeyError, msgspec.ValidationError) as error:
             writer.end(Refused(Code.BAD_FRAME, f"the contract of model '{body.model}' cannot be read here: {error!r}"))
         self._settle(writer)

@@ -151,7 +151,7 @@ class Signature:
         return f"[{names}] {self._dtype.name}" + (" (or [steps])" if self.shape == (1,) else "")
 
     def given(self, operation: wire.Operation, states: Mapping[str, npt.ArrayLike]) -> Payload:
-        """A put or reset-to. Raises TypeError or ValueError for what is no state of the model."""
+        """A put or reset-to. Raises TypeError, ValueError or :class:`Refused` for what is no state of the model."""
         return _order(wire.Type.STATE, operation, self._layout.pack(self._layout.join(states)))
 
     @cached_property

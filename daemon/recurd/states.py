@@ -70,7 +70,8 @@ class States:
         if kind is Kind.RESET:
             lane.stats.resets += 1
             stream.fresh = stream.untouched = True
-            self._versions.renew(stream)
+            if self._versions.renew(stream):
+                self._lifecycle.went_over(stream)
             return self._answer(stream, record), None
         if kind in (Kind.PUT, Kind.RESET_TO):
             state: bytes | None = record.data.tobytes()

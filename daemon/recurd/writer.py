@@ -172,6 +172,10 @@ class Writer:
             self._answers.append(Answer(self._open_token, None, None))
             self._open_token = None
 
+    def went_over(self, signature: Signature) -> None:
+        """An OPENED came that was not asked for: the stream goes by another version of its model from now on."""
+        self.signature = signature
+
     def _lost_since(self, body: wire.Opened, handle: int) -> RecurdError | None:
         """Why the stream that was opened is not the one we had; ``None`` when it is."""
         if handle != self.handle:

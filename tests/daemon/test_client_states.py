@@ -1,5 +1,7 @@
 """Whole states through both clients, against a real daemon over a real network that is cut."""
 
+import copy
+import pickle
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -141,6 +143,28 @@ def test_a_state_of_other_weights_is_refused_whatever_its_shape(stream: recurd.S
     stream._writer.signature = signature
     assert refused.value.code is Code.STATE_MISMATCH
     assert total(stream) == 1.0
+
+
+def test_a_state_knows_of_which_weights_it_is(stream: recurd.Stream) -> None:
+    """Arrays of the same shapes from another model would be a wrong state."""
+    stream.push([3.0])
+    mine = stream.state()
+    changed = mine | {"h": mine["h"] + 1}
+    foreign = recurd.StreamState(mine, state_hash="00" * 32)
+
+    assert mine.state_hash == stream.contract["state_hash"]
+    for state in (mine, mine.copy(), copy.deepcopy(mine), pickle.loads(pickle.dumps(mine)), changed):
+        stream.set_state(state)
+        assert (type(state), state.state_hash) == (recurd.StreamState, mine.state_hash)
+    assert total(stream) == 4.0
+    for other in (foreign, foreign.copy(), copy.deepcopy(foreign), pickle.loads(pickle.dumps(foreign)), foreign | mine):
+        for give in (stream.set_state, lambda state: stream.reset(to=state)):
+            with pytest.raises(recurd.Refused, match=r"a state of state hash 00000000\.\.\. is not one of") as refused:
+                give(other)
+            assert refused.value.code is Code.STATE_MISMATCH
+    assert (total(stream), stream.generation) == (4.0, 1)
+    stream.set_state(dict(foreign))  # arrays, and whoever gives them knows of which weights
+    assert total(stream) == 3.0
 
 
 def test_states_and_clones_survive_a_network_that_is_cut(proxy: Any, request: pytest.FixtureRequest) -> None:

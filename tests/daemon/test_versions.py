@@ -77,8 +77,8 @@ def welcomes(replies: list[Reply]) -> list[Reply]:
 
 
 def answers(caller: Caller) -> list[Reply]:
-    """All that came but announcements."""
-    return [reply for reply in caller.take() if reply.type != Type.WELCOME]
+    """All that came but what nobody asked for."""
+    return [reply for reply in caller.take() if reply.type not in (Type.WELCOME, Type.OPENED) or reply.header.seq]
 
 
 # --- the states can be gone on with ---
@@ -229,7 +229,7 @@ def test_streams_finish_on_the_former_version_and_new_ones_get_the_new_one(model
     caller.send(chunk(old, 2, draw(2)))  # queued when the file is replaced
 
     assert replace(desk, models["new"]) == {"finishing": 1}
-    caller.send(opening("new"), chunk(old, 3, draw(3)))
+    caller.send(opening("new", seq=1), chunk(old, 3, draw(3)))
     (opened,) = answers(caller)
     new = opened.header.handle
     caller.send(chunk(new, 1, draw(1)))
@@ -498,6 +498,38 @@ def test_a_stream_that_waits_for_a_state_of_the_former_version_stays_there(model
     assert [reply.type for reply in (first, done, put)] == [Type.RESULT, Type.DONE, Type.STATE_OF]
     np.testing.assert_allclose(second.output, OLD.run(draw(2), drawn_states(1))[0]["output"], **CLOSE)
     assert (mismatch.code, taken.type) == ("state_mismatch", Type.STATE_OF)
+
+
+def test_who_uses_a_stream_is_told_before_the_answer_that_it_goes_by_another_version(models: dict[str, Model]) -> None:
+    desk = open_desk(models)
+    caller = desk.connect()
+    handle = caller.handle("s")
+    caller.run(chunk(handle, 1, draw(1)))
+    replace(desk, models["new"])
+    caller.take()
+    caller.send(chunk(handle, 2, draw(1)), reset(handle, 3), chunk(handle, 4, draw(1), generation=2))
+    desk.run()
+    result, told, done, _ = caller.take()
+
+    assert [reply.type for reply in (result, told, done)] == [Type.RESULT, Type.OPENED, Type.DONE]
+    assert (told.header.seq, told.header.handle, told.header.generation) == (0, handle, 2)
+    assert (told.body["stream"], told.body["model"], "contract" in told.body) == ("s", "pump", False)
+    caller.send(reset(handle, 5, generation=2))
+    assert [reply.type for reply in caller.take()] == [Type.DONE]  # it stays where it is
+
+
+def test_a_stream_that_waits_for_nothing_and_goes_over_is_told_to_who_uses_it(models: dict[str, Model]) -> None:
+    desk = open_desk(models)
+    caller, gone = desk.connect(), desk.connect("gone")
+    handle = caller.handle("s")
+    gone.handle("t")
+    desk.engine.disconnected(gone.routing_id)
+    replace(desk, models["new"], "restart")
+    desk.run()
+
+    assert [(reply.type, reply.header.seq) for reply in caller.take()] == [(Type.WELCOME, 0), (Type.OPENED, 0)]
+    assert not gone.take()
+    assert caller.ask(state(handle, 1, Operation.PUT, packed(models["new"], 1))).type == Type.STATE_OF
 
 
 @pytest.mark.parametrize("incompatible", ["finish", "restart"])

@@ -210,6 +210,39 @@ def test_streams_that_finish_can_be_ended_later(tmp_path: Path) -> None:
         eventually(lambda: "version_dropped" in daemon.log)
 
 
+def test_a_state_is_never_one_of_other_weights_and_a_stream_that_went_over_has_its_own(tmp_path: Path) -> None:
+    with serve(tmp_path) as daemon:
+        daemon.ready()
+        with connect(tmp_path) as client:
+            stream, unused = client.open("s"), client.open("unused")
+            stream.push(draw(1))
+            old = stream.state()
+            put(NEW, tmp_path / "pump.onnx")
+            reloaded(tmp_path, "--incompatible", "finish")
+            stream.set_state(old)  # it finishes on the former version
+            np.testing.assert_allclose(stream.push(draw(2)), truth(OLD, draw(1), draw(2))[5:], **CLOSE)
+
+            stream.reset()
+            for one in (stream, client.open("later")):
+                for give in (one.set_state, lambda state, one=one: one.reset(to=state)):
+                    with pytest.raises(Refused, match="other weights") as refused:
+                        give(old)
+                    assert refused.value.code.word == "state_mismatch"
+            np.testing.assert_allclose(stream.push(draw(3)), truth(NEW, draw(3)), **CLOSE)
+            new = stream.state()
+            assert new.state_hash == stream.contract["state_hash"] != old.state_hash
+            stream.push(draw(4))
+            stream.reset(to=new)
+            np.testing.assert_allclose(stream.push(draw(5)), truth(NEW, draw(3), draw(5))[5:], **CLOSE)
+
+            put(THIRD, tmp_path / "pump.onnx")
+            reloaded(tmp_path, "--incompatible", "restart")
+            unused.set_state(unused.state())
+            np.testing.assert_allclose(unused.push(draw(6)), truth(THIRD, draw(6)), **CLOSE)
+            with pytest.raises(Broken, match="reloaded"):
+                stream.push(draw(7))
+
+
 def test_a_client_knows_the_form_of_both_versions_also_after_it_reconnects(tmp_path: Path) -> None:
     with serve(tmp_path) as daemon:
         daemon.ready()
