@@ -6,13 +6,16 @@ been told stands on disk, and what it was not told has not happened.
 
 ``process``: commits are in the page cache and survive the death of the process. ``power``: each is synced to the disk.
 
-The store is a folder with an LMDB environment of four tables: ``meta`` (format, and one
+The store is a folder with an LMDB environment of four tables: ``meta`` (format, number of commits, and one
 :class:`~recurd.saving.Stamp` a version of a model), ``streams`` (by handle), ``answers`` (by handle and seq) and
-``endings`` (how streams ended, in that order, so that who comes late is told by the next daemon too). Every value
-starts with its CRC-32, because LMDB looks at nothing but its own pages' structure. ``python -m recurd.journal FOLDER``
-reads a whole store and says what is wrong with it.
+``endings`` (how streams ended, in that order, so that who comes late is told by the next daemon too).
+
+LMDB trusts what it reads. So every value starts with the CRC-32 of its key and itself, and the number of commits stands
+in ``recurd.lock`` too: damage to the page that names the last transaction would make LMDB go on from the one before it
+without a word. ``python -m recurd.journal FOLDER`` reads a whole store and says what is wrong with it.
 """
 
+import contextlib
 import fcntl
 import os
 import struct
@@ -30,13 +33,17 @@ from recurd.errors import JournalError
 from recurd.saving import SavedAnswer, SavedStream, Saving, Stamp, new_answers, old_answers
 from recurd.streams import Ended
 
-_FORMAT = b"2"
+_FORMAT = b"3"
 _TABLES = (b"meta", b"streams", b"answers", b"endings")
 _FORMAT_KEY = b"format"
+_COMMITS_KEY = b"commits"
 _STAMP_PREFIX = b"model:"
 #: The store grows by doubling from here; it is sparse, and address space costs nothing.
 _FIRST_MAP_BYTES = 1 << 28
 _CRC = struct.Struct("<I")
+_COMMITS = struct.Struct("<Q")
+#: The number of commits in the lock file.
+_NOTE_DIGITS = 20
 _HANDLE = struct.Struct(">Q")
 _ANSWER = struct.Struct(">QQ")
 #: Format (CRC aside) of an answer's value: its generation and the length of its header.
@@ -55,11 +62,13 @@ class Journal:
             check(folder)
             self._env = _open(folder, sync=mode == "power")
             self._data = os.stat(folder / "data.mdb")
-            with self._env.begin(write=True) as transaction:
+            with self._write() as transaction:
                 self._meta, self._streams, self._answers, self._endings = (
                     self._env.open_db(name, txn=transaction) for name in _TABLES
                 )
                 self._check_format(transaction)
+                self._commits = _commits(transaction, self._meta)
+            self._note_commits()
         except BaseException:
             self._lock.close()
             raise
@@ -83,9 +92,27 @@ class Journal:
     def _check_format(self, transaction: Any) -> None:
         found = transaction.get(_FORMAT_KEY, db=self._meta)
         if found is None:
-            transaction.put(_FORMAT_KEY, _pack(_FORMAT), db=self._meta)
-        elif _unpack(found, "the format") != _FORMAT:
+            transaction.put(_FORMAT_KEY, _pack(_FORMAT_KEY, _FORMAT), db=self._meta)
+        elif found != _pack(_FORMAT_KEY, _FORMAT):
             raise JournalError(f"{self._folder}: holds streams in a format that is not known here")
+
+    @contextlib.contextmanager
+    def _write(self) -> Iterator[Any]:
+        """A transaction that writes a little. Raises :class:`JournalError` when it cannot; then nothing was written."""
+        try:
+            with self._env.begin(write=True) as transaction:
+                yield transaction
+        except lmdb.Error as error:
+            raise JournalError(f"{self._folder}: cannot be written: {_words(error)}") from error
+
+    @contextlib.contextmanager
+    def _read(self) -> Iterator[Any]:
+        """A transaction that reads. Raises :class:`JournalError` for a store that is damaged."""
+        try:
+            with self._env.begin() as transaction:
+                yield transaction
+        except (lmdb.Error, msgspec.MsgspecError, struct.error) as error:
+            raise JournalError(f"{self._folder}: the journal is damaged: {_words(error)}") from error
 
     # --- start ---
 
@@ -94,14 +121,15 @@ class Journal:
 
         Raises :class:`JournalError` for a store that is damaged.
         """
-        with self._env.begin() as transaction:
+        with self._read() as transaction:
             in_use = {(stream.model, stream.version) for _, stream in self._read_streams(transaction)}
             return {
-                (name, version): msgspec.json.decode(
-                    _unpack(transaction.get(_stamp_key(name, version), db=self._meta), f"model '{name}'"), type=Stamp
-                )
+                (name, version): self._read_stamp(transaction, _stamp_key(name, version), name)
                 for name, version in sorted(in_use)
             }
+
+    def _read_stamp(self, transaction: Any, key: bytes, name: str) -> Stamp:
+        return msgspec.json.decode(_unpack(key, transaction.get(key, db=self._meta), f"model '{name}'"), type=Stamp)
 
     def stamp(
         self,
@@ -120,7 +148,7 @@ class Journal:
         drift = []
         former = former or {}
         in_use = self.stamps()
-        with self._env.begin(write=True) as transaction:
+        with self._write() as transaction:
             for (name, version), stored in in_use.items():
                 now = former.get((name, stored.version)) or stamps.get(name)
                 difference = self._held_against(name, stored, now)
@@ -140,14 +168,11 @@ class Journal:
 
     def note_version(self, name: str, stamp: Stamp) -> None:
         """Streams of another version of a model are saved from now on. Raises :class:`JournalError`."""
-        try:
-            with self._env.begin(write=True) as transaction:
-                self._put_stamp(transaction, _stamp_key(name, stamp.version), stamp)
-        except lmdb.Error as error:
-            raise JournalError(f"{self._folder}: cannot be written: {_words(error)}") from error
+        with self._write() as transaction:
+            self._put_stamp(transaction, _stamp_key(name, stamp.version), stamp)
 
     def _put_stamp(self, transaction: Any, key: bytes, stamp: Stamp) -> None:
-        transaction.put(key, _pack(msgspec.json.encode(stamp)), db=self._meta)
+        transaction.put(key, _pack(key, msgspec.json.encode(stamp)), db=self._meta)
 
     def _held_against(self, name: str, stored: Stamp, now: Stamp | None) -> str | None:
         if now is None:
@@ -167,7 +192,7 @@ class Journal:
 
         Raises :class:`JournalError` for a store that is damaged.
         """
-        with self._env.begin() as transaction:
+        with self._read() as transaction:
             answers: dict[int, list[SavedAnswer]] = {}
             for handle, answer in self._read_answers(transaction):
                 answers.setdefault(handle, []).append(answer)
@@ -177,9 +202,9 @@ class Journal:
 
     def endings(self) -> Iterator[tuple[int, Ended]]:
         """Handles of streams that ended, and how, the first one first. Raises :class:`JournalError`."""
-        with self._env.begin() as transaction:
-            for _, value in transaction.cursor(db=self._endings):
-                yield msgspec.msgpack.decode(_unpack(value, "an ending"), type=tuple[int, Ended])
+        with self._read() as transaction:
+            for key, value in transaction.cursor(db=self._endings):
+                yield msgspec.msgpack.decode(_unpack(key, value, "an ending"), type=tuple[int, Ended])
 
     def states(self, handles: list[int]) -> list[bytes]:
         """The states of streams as they were saved last, none of them at a fresh start.
@@ -187,9 +212,10 @@ class Journal:
         Raises :class:`JournalError` where one cannot be read.
         """
         states = []
-        with self._env.begin() as transaction:
+        with self._read() as transaction:
             for handle in handles:
-                value = _unpack(transaction.get(_HANDLE.pack(handle), db=self._streams), f"stream {handle}")
+                key = _HANDLE.pack(handle)
+                value = _unpack(key, transaction.get(key, db=self._streams), f"stream {handle}")
                 state = msgspec.msgpack.decode(value, type=SavedStream).state
                 if state is None:
                     raise JournalError(f"the journal is damaged: stream {handle} has no state")
@@ -199,12 +225,12 @@ class Journal:
     def _read_streams(self, transaction: Any) -> Iterator[tuple[int, SavedStream]]:
         for key, value in transaction.cursor(db=self._streams):
             (handle,) = _HANDLE.unpack(key)
-            yield handle, msgspec.msgpack.decode(_unpack(value, f"stream {handle}"), type=SavedStream)
+            yield handle, msgspec.msgpack.decode(_unpack(key, value, f"stream {handle}"), type=SavedStream)
 
     def _read_answers(self, transaction: Any) -> Iterator[tuple[int, SavedAnswer]]:
         for key, value in transaction.cursor(db=self._answers):
             handle, seq = _ANSWER.unpack(key)
-            data = _unpack(value, f"answer {seq} of stream {handle}")
+            data = _unpack(key, value, f"answer {seq} of stream {handle}")
             generation, size = _ANSWER_HEAD.unpack_from(data)
             start = _ANSWER_HEAD.size
             yield handle, (seq, generation, data[start : start + size], data[start + size :])
@@ -214,14 +240,14 @@ class Journal:
     def commit(self, saving: Saving, states: Mapping[int, bytes]) -> None:
         """Write what changed, in one transaction; ``states`` by handle, of the streams that are not fresh.
 
-        Raises :class:`JournalError` when it cannot be written; then nothing of it was.
+        Raises :class:`JournalError` when it cannot be written; then it is to be given again, and may be.
         """
         streams = [
-            (_HANDLE.pack(s.handle), _pack(msgspec.msgpack.encode(SavedStream.of(s, states.get(s.handle)))))
+            _entry(_HANDLE.pack(s.handle), msgspec.msgpack.encode(SavedStream.of(s, states.get(s.handle))))
             for s in saving.streams
         ]
         answers = [
-            (_ANSWER.pack(stream.handle, answer[0]), _pack(_answer_value(answer)))
+            _entry(_ANSWER.pack(stream.handle, answer[0]), _answer_value(answer))
             for stream in saving.streams
             for answer in new_answers(stream)
         ]
@@ -229,17 +255,26 @@ class Journal:
         for stream, _ in saving.ended:
             gone += [_ANSWER.pack(stream.handle, seq) for seq in range(stream.forgotten + 1, stream.saved + 1)]
         ended = [_HANDLE.pack(stream.handle) for stream, _ in saving.ended]
-        endings = [_pack(msgspec.msgpack.encode((s.handle, how))) for s, how in saving.ended if how is not None]
+        endings = [msgspec.msgpack.encode((s.handle, how)) for s, how in saving.ended if how is not None]
         while True:
             try:
-                self._write(streams, answers, gone, ended, endings)
-                return
+                self._put(streams, answers, gone, ended, endings)
+                break
             except lmdb.MapFullError:
                 self._grow()
             except lmdb.Error as error:
                 raise JournalError(f"{self._folder}: cannot be written: {_words(error)}") from error
+        self._commits += 1
+        self._note_commits()
 
-    def _write(
+    def _note_commits(self) -> None:
+        """Note a commit that stands: a number that is too low says less, one that is too high a falsehood."""
+        try:
+            os.pwrite(self._lock.fileno(), b"%0*d\n" % (_NOTE_DIGITS, self._commits), 0)
+        except OSError as error:
+            raise JournalError(f"{self._folder}: cannot be written: {error.strerror}") from error
+
+    def _put(
         self,
         streams: Iterable[tuple[bytes, bytes]],
         answers: Iterable[tuple[bytes, bytes]],
@@ -257,12 +292,14 @@ class Journal:
             transaction.cursor(db=self._answers).putmulti(answers)
             if endings:
                 self._remember(transaction, endings)
+            number = _pack(_COMMITS_KEY, _COMMITS.pack(self._commits + 1))
+            transaction.put(_COMMITS_KEY, number, db=self._meta)
 
     def _remember(self, transaction: Any, endings: list[bytes]) -> None:
         """Put endings behind those there are, and let the oldest go."""
         cursor = transaction.cursor(db=self._endings)
         first = _HANDLE.unpack(cursor.key())[0] + 1 if cursor.last() else 0
-        cursor.putmulti([(_HANDLE.pack(first + index), ending) for index, ending in enumerate(endings)])
+        cursor.putmulti([_entry(_HANDLE.pack(first + index), ending) for index, ending in enumerate(endings)])
         for _ in range(transaction.stat(self._endings)["entries"] - self._max_ended):
             cursor.first()
             cursor.delete()
@@ -284,15 +321,25 @@ def _stamp_key(name: str, version: str) -> bytes:
     return _STAMP_PREFIX + f"{name}\0{version}".encode()
 
 
-def _pack(data: bytes) -> bytes:
-    return _CRC.pack(zlib.crc32(data)) + data
+def _pack(key: bytes, data: bytes) -> bytes:
+    return _CRC.pack(zlib.crc32(data, zlib.crc32(key))) + data
 
 
-def _unpack(value: bytes | None, what: str) -> bytes:
+def _entry(key: bytes, data: bytes) -> tuple[bytes, bytes]:
+    return key, _pack(key, data)
+
+
+def _unpack(key: bytes, value: bytes | None, what: str) -> bytes:
     """A value without its CRC. Raises :class:`JournalError` when it is not there or not what was written."""
-    if value is None or len(value) < _CRC.size or _CRC.unpack_from(value)[0] != zlib.crc32(value[_CRC.size :]):
+    if value is None or value[: _CRC.size] != _CRC.pack(zlib.crc32(value[_CRC.size :], zlib.crc32(key))):
         raise JournalError(f"the journal is damaged: {what} is not what was written")
     return value[_CRC.size :]
+
+
+def _commits(transaction: Any, meta: Any) -> int:
+    """How many there were. Raises :class:`JournalError`."""
+    value = transaction.get(_COMMITS_KEY, db=meta)
+    return 0 if value is None else int(_COMMITS.unpack(_unpack(_COMMITS_KEY, value, "the number of commits"))[0])
 
 
 # --- opening ---
@@ -301,7 +348,9 @@ def _unpack(value: bytes | None, what: str) -> bytes:
 def _lock(folder: Path) -> Any:
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        lock = open(folder / "recurd.lock", "w")  # noqa: SIM115  # the journal closes it
+        # Not emptied: another daemon may hold it, and the number of commits stands in it.
+        descriptor = os.open(folder / "recurd.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        lock = os.fdopen(descriptor, "r+b", buffering=0)
     except OSError as error:
         raise JournalError(f"{folder}: cannot be written: {error.strerror}") from error
     try:
@@ -312,7 +361,18 @@ def _lock(folder: Path) -> Any:
     return lock
 
 
-def _open(folder: Path, *, sync: bool = True, readonly: bool = False) -> lmdb.Environment:
+def _noted(folder: Path) -> int:
+    """How many commits there were at least. Raises :class:`JournalError`."""
+    try:
+        note = (folder / "recurd.lock").read_bytes()
+    except FileNotFoundError:
+        return 0  # data.mdb was taken elsewhere without it
+    if note and not (len(note) == _NOTE_DIGITS + 1 and note[:-1].isdigit()):
+        raise JournalError(f"{folder}: the journal is damaged: recurd.lock holds no number of commits")
+    return int(note or 0)
+
+
+def _open(folder: Path, *, sync: bool = True) -> lmdb.Environment:
     size = (folder / "data.mdb").stat().st_size if (folder / "data.mdb").exists() else 0
     try:
         # Not writemap: a full disk would end the process with SIGBUS instead of an error.
@@ -322,7 +382,6 @@ def _open(folder: Path, *, sync: bool = True, readonly: bool = False) -> lmdb.En
             map_size=max(_FIRST_MAP_BYTES, 2 * size),
             sync=sync,
             metasync=sync,
-            readonly=readonly,
             readahead=False,
             meminit=False,
             mode=0o600,
@@ -343,6 +402,8 @@ def check(folder: Path) -> None:
     """
     data = folder / "data.mdb"
     if not data.exists():
+        if _noted(folder):
+            raise JournalError(f"{folder}: the journal is damaged: there is a recurd.lock, and no data.mdb")
         return
     if not data.stat().st_size:
         raise JournalError(f"{folder}: the journal is damaged: data.mdb is empty")
@@ -356,25 +417,47 @@ def check(folder: Path) -> None:
 
 def _read_through(folder: Path) -> None:
     """All of it, in this process. Raises :class:`JournalError`."""
-    env = _open(folder, readonly=True)
+    env = _open(folder)
     info, size = env.info(), os.path.getsize(folder / "data.mdb")
     needed = (info["last_pgno"] + 1) * env.stat()["psize"]
     if size < needed:
         raise JournalError(f"the journal is damaged: data.mdb has {size} bytes, and {needed} were written")
+    noted = _noted(folder)
     try:
-        if not env.stat()["entries"]:
+        if not env.stat()["entries"] and not noted:
             return  # made, and nothing committed
         with env.begin() as transaction:
-            for name in _TABLES:
-                table = env.open_db(name, txn=transaction, create=False)
-                for key, value in transaction.cursor(db=table):
-                    _unpack(value, f"{name.decode()} {key.hex()}")
-                    if key == _FORMAT_KEY and value != _pack(_FORMAT):
-                        return  # it has other tables; whoever opens it says so
+            meta = env.open_db(b"meta", txn=transaction, create=False)
+            if transaction.get(_FORMAT_KEY, db=meta) not in (None, _pack(_FORMAT_KEY, _FORMAT)):
+                return  # it has other tables; whoever opens it says so
+        _read_tables(env, noted)
+        # Only a commit shows whether the free pages are right, and the room within those that every commit changes.
+        with env.begin(write=True) as transaction:
+            transaction.put(*_entry(_FORMAT_KEY, _FORMAT), db=env.open_db(b"meta", txn=transaction))
+        _read_tables(env, noted)
     except lmdb.NotFoundError as error:
         raise JournalError("the journal is damaged: a table is missing") from error
     except lmdb.Error as error:
         raise JournalError(f"the journal is damaged: {_words(error)}") from error
+
+
+def _read_tables(env: lmdb.Environment, noted: int) -> None:
+    """Every page and every value. Raises :class:`JournalError` and ``lmdb.Error``."""
+    with env.begin() as transaction, open(os.devnull, "wb") as nowhere:
+        # A compacting copy goes through all pages, those that are free too, and counts them.
+        env.copyfd(nowhere.fileno(), compact=True, txn=transaction)
+        for name in _TABLES:
+            table = env.open_db(name, txn=transaction, create=False)
+            count = 0
+            for key, value in transaction.cursor(db=table):
+                _unpack(key, value, f"{name.decode()} {key.hex()}")
+                count += 1
+            if count != transaction.stat(table)["entries"]:
+                raise JournalError(f"the journal is damaged: there is not all in table {name.decode()}")
+            if name == b"meta" and (commits := _commits(transaction, table)) < noted:
+                raise JournalError(
+                    f"the journal is damaged: {noted} commits were made, and it stands after {commits} of them"
+                )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Durable streams without sockets: whatever is killed whenever, clients get what one pass of the model gives."""
 
 import contextlib
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ import lmdb
 import numpy as np
 import pytest
 import structlog
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from dialogue import Caller, Desk, chunk, closing, opening, reset, state
@@ -634,11 +635,11 @@ def test_streams_of_a_model_that_is_not_served_are_not_dropped(tmp_path: Path) -
 def _put_stream(journal: Journal, transaction: Any) -> None:
     import msgspec
 
-    from recurd.journal import _pack
+    from recurd.journal import _entry
     from recurd.saving import SavedStream
 
     saved = SavedStream("local", "s", "pump", 1, 1, 0, 0, 60.0, None, version="a")
-    transaction.put((7).to_bytes(8), _pack(msgspec.msgpack.encode(saved)), db=journal._streams)
+    transaction.put(*_entry((7).to_bytes(8), msgspec.msgpack.encode(saved)), db=journal._streams)
 
 
 def test_a_folder_that_cannot_be_made_is_said(tmp_path: Path) -> None:
@@ -669,7 +670,7 @@ def test_a_truncated_journal_is_said_and_left_alone(model: Model, tmp_path: Path
             Daemon(tmp_path, model)
 
         assert data.stat().st_size == left
-        data.unlink()
+        shutil.rmtree(tmp_path / "journal")
         data = filled(tmp_path, model)
 
 
@@ -688,6 +689,84 @@ def test_a_corrupted_journal_gives_an_error_or_what_was_written(
 
     with contextlib.suppress(JournalError):
         assert _contents(folder) == whole
+
+
+#: Bytes of a page of LMDB that say where things are: its own head, and what the two first pages say of the store.
+_HEAD_BYTES, _META_BYTES = 16, 152
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(page=st.integers(0, 15), place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
+@example(page=0, place=144 / _META_BYTES, bit=0)  # the number of the transaction: LMDB would go on from the one before
+@example(page=1, place=144 / _META_BYTES, bit=0)
+@example(page=0, place=80 / _META_BYTES, bit=4)  # where the free pages are noted
+@example(page=1, place=80 / _META_BYTES, bit=4)
+@example(page=0, place=128 / _META_BYTES, bit=0)  # where the tables are
+@example(page=1, place=128 / _META_BYTES, bit=0)
+def test_a_bit_that_turned_among_what_says_where_things_are_is_never_another_state(
+    model: Model, tmp_path_factory: pytest.TempPathFactory, page: int, place: float, bit: int
+) -> None:
+    folder = tmp_path_factory.mktemp("turned")
+    data = filled(folder, model)
+    whole = _contents(folder)
+    raw = bytearray(data.read_bytes())
+    at = page % (len(raw) // 4096) * 4096 + int(place * (_META_BYTES if page < 2 else _HEAD_BYTES) + 1e-6)
+    raw[at] ^= 1 << bit
+    data.write_bytes(raw)
+
+    try:
+        with Daemon(folder, model) as daemon:
+            reply = daemon.connect().open("a", mode="resume")
+            assert (reply.type, reply.body["last_seq"], daemon.restored) == (Type.OPENED, 4, 4)
+        assert _contents(folder) == whole
+    except JournalError as error:
+        found_out = str(error)
+        assert found_out.startswith(f"{folder}/journal: ")
+
+
+def test_a_stream_is_not_taken_for_another_when_its_key_turned(model: Model, tmp_path: Path) -> None:
+    data = filled(tmp_path, model)
+    with contextlib.closing(Journal(tmp_path / "journal", "process")) as journal:
+        key = sorted(handle for handle, _, _ in journal.load())[-1].to_bytes(8)
+    raw = data.read_bytes()
+    assert key in raw
+    data.write_bytes(raw.replace(key, key[:-1] + bytes([key[-1] ^ 64])))
+
+    with pytest.raises(JournalError, match="is not what was written"):
+        Daemon(tmp_path, model)
+
+
+def test_a_data_file_of_before_is_found_out_by_the_number_of_commits(model: Model, tmp_path: Path) -> None:
+    """Whoever puts back a copy on purpose puts back the whole folder, or takes the note away."""
+    data = filled(tmp_path, model)
+    before = data.read_bytes()
+    with Daemon(tmp_path, model) as daemon:
+        caller = daemon.connect()
+        caller.run(chunk(caller.handle("e"), 1, draw(1, 6)))
+    data.write_bytes(before)
+
+    with pytest.raises(JournalError, match=r"[0-9]+ commits were made, and it stands after [0-9]+ of them"):
+        Daemon(tmp_path, model)
+
+    (tmp_path / "journal" / "recurd.lock").unlink()
+    with Daemon(tmp_path, model) as daemon:
+        assert daemon.restored == 4
+
+
+def test_a_data_file_that_is_missing_is_no_new_journal(model: Model, tmp_path: Path) -> None:
+    filled(tmp_path, model).unlink()
+
+    with pytest.raises(JournalError, match=r"there is a recurd\.lock, and no data\.mdb"):
+        Daemon(tmp_path, model)
+
+    note = tmp_path / "journal" / "recurd.lock"
+    note.write_text("7")
+    with pytest.raises(JournalError, match=r"recurd\.lock holds no number of commits"):
+        Daemon(tmp_path, model)
+
+    note.unlink()
+    with Daemon(tmp_path, model) as daemon:
+        assert daemon.restored == 0
 
 
 def _contents(folder: Path) -> list[Any]:
