@@ -149,8 +149,8 @@ class Arriving:
         """They are this daemon's from now on."""
         wanted = request.read(OfGroup)
         group = self._fences.get(wanted.group, now)
+        streams = list(group.members()) if group is not None and group.is_held else []
         if group is not None and group.is_held:
-            streams = list(group.members())
             # As they stand now: before they are saved, a tick may be in the middle of what comes for them.
             states = states_of([stream for stream in streams if not is_fresh(stream)])
             for stream in streams:
@@ -159,7 +159,7 @@ class Arriving:
                 self._unsaved.note(stream, states.get(stream.handle))
             self._fences.end(group, "admitted")
             self._log.info("streams_arrived", streams=len(streams))
-        return {"fate": self._fences.fate(wanted.group)}, b""
+        return {"fate": self._fences.fate(wanted.group), "streams": len(streams)}, b""
 
     def drop(self, request: Request, now: float) -> tuple[Any, bytes]:
         """They are not."""

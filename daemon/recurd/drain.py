@@ -35,6 +35,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 
     streams: int
     groups: int
+    #: Streams besides that a drain before had left undecided, and that are served by the target now.
+    settled: int
     seconds: float
     #: The longest time for which the streams of a group were closed to their clients.
     longest_pause_seconds: float
@@ -61,7 +63,9 @@ class Drain:
         self._timeout_seconds = timeout_seconds
         self._progress = progress or _ignore
         self._page_bytes = min(source.welcome.max_message_bytes, target.welcome.max_message_bytes) - 65_536
-        self._moved = self._groups = 0
+        self._moved = self._groups = self._settled = 0
+        # Streams of the group that is on its way.
+        self._leaving = 0
         self._longest = 0.0
 
     def run(self) -> Report:
@@ -81,6 +85,7 @@ class Drain:
         return Report(
             streams=self._moved,
             groups=self._groups,
+            settled=self._settled,
             seconds=round(time.monotonic() - begin, 3),
             longest_pause_seconds=round(self._longest, 4),
         )
@@ -96,14 +101,16 @@ class Drain:
         for id in self._target.ask("groups")[0]["held"]:
             fate = self._source.ask("fate", group=id)[0]["fate"]
             if fate == "released":
-                self._target.ask("admit", group=id)
+                self._settled += self._target.ask("admit", group=id)[0]["streams"]
             elif fate == "lifted":
                 self._target.ask("drop", group=id)
 
     def _move(self, id: str) -> None:
         begin = time.monotonic()
+        self._leaving = 0
         report, _ = self._source.ask("gather", group=id, fence=True, limit=GROUP_STREAMS)
-        if not report["streams"]:
+        self._leaving = report["streams"]
+        if not self._leaving:
             self._wait_for_others(report["left"])
             return
         # Before the first state is copied: other weights are told at once.
@@ -118,17 +125,19 @@ class Drain:
         self._target.ask("admit", group=id)
         self._longest = max(self._longest, time.monotonic() - begin)
         self._advanced_at = time.monotonic()
-        self._moved += released["streams"]
+        self._count()
+
+    def _count(self) -> None:
+        """The group that was on its way is the target's."""
+        self._moved += self._leaving
         self._groups += 1
+        self._leaving = 0
 
     def _import(self, id: str, data: bytes | memoryview, stamps: Any) -> None:
         try:
             self._target.ask("import", data, group=id, stamps=stamps, accept_drift=self._accept_drift)
         except Refused as refusal:
-            raise DrainError(
-                f"{self._target.endpoint} does not take them: {refusal.text}; {self._moved} streams have moved, "
-                f"{self._source.endpoint} goes on serving the others"
-            ) from refusal
+            raise DrainError(f"{self._target.endpoint} does not take them: {refusal.text}") from refusal
 
     def _wait_for_others(self, left: int) -> None:
         """All streams that are left are on their way already."""
@@ -144,8 +153,14 @@ class Drain:
         try:
             fate = self._source.ask("lift", group=id)[0]["fate"]
             self._target.ask("admit" if fate == "released" else "drop", group=id)
+            if fate == "released":
+                self._count()
         except (RecurdError, OSError) as trouble:
-            error.add_note(f"the last group is not decided about ({trouble}): the next drain does that")
+            error.add_note(f"the last group, of {self._leaving} streams, is not decided about ({trouble}): drain again")
+        error.add_note(
+            f"{self._moved + self._settled} streams have moved to {self._target.endpoint}; the others are still at "
+            f"{self._source.endpoint}"
+        )
 
 
 def pages(source: Remote, id: str, page_bytes: int, timeout_seconds: float) -> Iterator[memoryview]:

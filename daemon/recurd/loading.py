@@ -72,7 +72,7 @@ def load(entry: config.Model, settings: config.Config, device: str) -> Loaded:
 def fingerprint(path: str | Path) -> str:
     """SHA-256 of a model file, and of the contract beside it where there is one. Raises :class:`ContractError`.
 
-    A pipe can be read once only, so it never changes.
+    A pipe can be read once only, so it never changes: its mark is empty.
     """
     path = Path(path)
     sidecar = path.with_suffix(".contract.json")
@@ -80,6 +80,8 @@ def fingerprint(path: str | Path) -> str:
     try:
         if path.is_fifo():
             return ""
+        if path.is_char_device():
+            raise ContractError(f"{path}: is no file, and may have no end")
         for part in (path, sidecar) if sidecar.exists() else (path,):
             with part.open("rb") as file:
                 marks.append(hashlib.file_digest(file, "sha256").hexdigest())

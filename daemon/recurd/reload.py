@@ -169,14 +169,17 @@ class Reload:
 
     def _look_at(self, entry: config.Model, settings: config.Config, former: Loaded | None) -> _Found:
         try:
-            if former is not None and entry.name in (None, former.name):
-                if fingerprint(entry.path) == former.fingerprint:
-                    return former.name
-                loaded = load(entry, settings, self._device)
-                if loaded.name != former.name:
-                    raise ConfigError(f"{entry.path}: it holds model '{loaded.name}' now, and not '{former.name}'")
-            else:
-                loaded = load(entry, settings, self._device)
+            if former is not None and entry.name not in (None, former.name):
+                former = None
+            mark = fingerprint(entry.path)
+            if former is not None and mark == former.fingerprint:
+                return former.name
+            if not mark:
+                # Whoever opens it waits for its other end, and every reload to come with him.
+                raise ConfigError(f"{entry.path}: is a pipe, which is taken at the start only; give a file")
+            loaded = load(entry, settings, self._device)
+            if former is not None and loaded.name != former.name:
+                raise ConfigError(f"{entry.path}: it holds model '{loaded.name}' now, and not '{former.name}'")
             if self._durable is not None:
                 self._durable.keep(loaded)
             return loaded

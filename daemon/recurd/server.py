@@ -268,6 +268,9 @@ class Server:
         for request in self._engine.admin.requests():
             self._read_again(request)
         self._reload.turn()
+        if self._stop_at is None:
+            # Before anything is answered: who is told that streams move away sees that none is taken.
+            self._health.phase = Phase.FULL if self._engine.full else Phase.READY
 
     def _run_tick(self) -> None:
         tick = self._engine.take_tick(time.monotonic())
@@ -329,8 +332,6 @@ class Server:
             self._durable.look(now)
         if self._publisher is not None:
             self._publisher.look(self._poller)
-        if self._stop_at is None:
-            self._health.phase = Phase.FULL if self._engine.full else Phase.READY
 
     def _look_for_signal(self) -> None:
         with suppress(BlockingIOError):  # none came

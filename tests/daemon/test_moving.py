@@ -3,6 +3,7 @@
 import gc
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -14,6 +15,8 @@ from hypothesis import strategies as st
 from dialogue import Desk, chunk, closing, opening, reset, state
 from moving import Operator
 from recurd.config import Config, override
+from recurd.drain import Drain
+from recurd.errors import Code, Refused, Unanswered
 from recurd.fences import FENCE_SECONDS
 from recurd.model import Model
 from recurd.saving import Parcel
@@ -23,7 +26,7 @@ from recurrent import Network
 
 PUMP = Network(layers=1, learned=True, counter=True)
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
-B = "tcp://127.0.0.1:7071"
+A, B = "tcp://127.0.0.1:7070", "tcp://127.0.0.1:7071"
 
 
 @pytest.fixture(scope="module")
@@ -504,3 +507,59 @@ def test_whatever_is_commanded_nothing_breaks(model: Model, orders: list[tuple[s
         desk.now += 1
         desk.run()
     assert desk.stats.internal_errors == 0
+
+
+# --- the command, when answers to it are lost ---
+
+
+class At:
+    """A connection of the command to a desk, on which one answer is lost after what was asked for is done."""
+
+    def __init__(self, desk: Desk, endpoint: str, lost: str = "") -> None:
+        self.endpoint = endpoint
+        self.lost = lost
+        self._desk, self._operator = desk, Operator(desk)
+        self.welcome = SimpleNamespace(epoch=endpoint, max_message_bytes=1 << 20)
+
+    def ask(self, command: str, data: bytes = b"", **keys: Any) -> tuple[dict[str, Any], bytes]:
+        reply = self._operator.reply(command, data, **keys)
+        if reply.type == Type.ERROR:
+            raise Refused(Code(reply.header.code), reply.body["text"])
+        if command == self.lost:
+            self.lost = ""
+            raise Unanswered(f"no answer from {self.endpoint} within 1 s")
+        cut = len(reply.payload) - reply.header.width
+        return msgspec.json.decode(reply.payload[:cut]), reply.payload[cut:]
+
+
+@pytest.mark.parametrize("command", ["gather", "export", "import", "release", "admit"])
+def test_what_has_moved_is_told_whichever_answer_is_lost(here: Desk, there: Desk, command: str) -> None:
+    """One half is told by the command that fails, the other by the one after it."""
+    callers = [here.connect(f"c{number}") for number in range(3)]
+    for number, caller in enumerate(callers):
+        caller.run(chunk(caller.handle(f"s{number}"), 1, draw(1, 3)))
+    loser = here if command in ("gather", "export", "release") else there
+    source, target = (At(desk, end, command if desk is loser else "") for desk, end in ((here, A), (there, B)))
+    with pytest.raises(Unanswered, match="no answer from") as failure:
+        Drain(source, target).run()  # type: ignore[arg-type]
+    (told,) = failure.value.__notes__
+    moved = int(told.split()[0])
+    assert moved == len(names(there))
+    assert names(here) | names(there) == {"s0", "s1", "s2"}
+
+    report = Drain(source, target).run()  # type: ignore[arg-type]
+
+    assert moved + report.settled + report.streams == 3
+    assert (names(here), names(there)) == (set(), {"s0", "s1", "s2"})
+
+
+def test_streams_that_a_drain_left_undecided_are_told_by_the_next_one(here: Desk, there: Desk) -> None:
+    caller = here.connect()
+    for number in range(3):
+        caller.handle(f"s{number}")
+    move(here, there, upto="release")  # and whoever moved them died
+
+    report = Drain(At(here, A), At(there, B)).run()  # type: ignore[arg-type]
+
+    assert (report.settled, report.streams) == (3, 0)
+    assert names(there) == {"s0", "s1", "s2"}

@@ -506,6 +506,10 @@ def spoil(folder: Path, kind: str) -> str:
     if kind == "missing":
         path.unlink()
         return "there is no such file"
+    if kind in ("pipe", "endless"):
+        path.unlink()
+        os.mkfifo(path) if kind == "pipe" else path.symlink_to("/dev/zero")
+        return "is a pipe" if kind == "pipe" else "is no file"
     if kind == "truncated":
         path.write_bytes(path.read_bytes()[:2000])
         return "not a valid ONNX model"
@@ -517,7 +521,7 @@ def spoil(folder: Path, kind: str) -> str:
     return "does not give its golden results"
 
 
-@pytest.mark.parametrize("kind", ["missing", "truncated", "another model", "wrong numbers"])
+@pytest.mark.parametrize("kind", ["missing", "truncated", "another model", "wrong numbers", "pipe", "endless"])
 def test_a_file_that_is_not_good_leaves_the_former_one_serving_and_says_so(tmp_path: Path, kind: str) -> None:
     with serve(tmp_path) as daemon:
         daemon.ready()

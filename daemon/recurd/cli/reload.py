@@ -17,7 +17,8 @@ Examples:
   recurd reload
   recurd reload --endpoint ipc:///run/recurd/recurd.sock --incompatible restart --json
 \b
-Exit codes: 0 every file is served, 65 one is not (the former one serves on), 69 no daemon answered.
+Exit codes: 0 every file is served, 65 one is not (the former one serves on), 69 no daemon answered, 1 it refused (the
+right 'admin' is missing, or its configuration cannot be read; then nothing has changed).
 """
 #: Time for the daemon to say that it is there.
 _GREETING_SECONDS = 10.0
