@@ -8,9 +8,9 @@ import msgspec
 
 from recurd import wire
 from recurd.admin import Request
+from recurd.config import TENANT_NAME
 from recurd.errors import Code, Refused
-from recurd.fences import Fences, Group, OfGroup
-from recurd.keys import NAME
+from recurd.fences import Fences, Group, GroupId, OfGroup
 from recurd.lane import Lane, states_of
 from recurd.lifecycle import Lifecycle
 from recurd.saving import ModelStamp, Parcel, Stamp, Unsaved, is_fresh
@@ -24,7 +24,7 @@ _MAX_IDLE_SECONDS = 1e9
 
 
 class _Import(msgspec.Struct, frozen=True):
-    group: str
+    group: GroupId
     stamps: list[ModelStamp]
     accept_drift: bool = False
     #: Keep them until it is decided about them, however long that takes.
@@ -179,7 +179,7 @@ class Arriving:
 def _check_parcel(parcel: Parcel, lane: Lane) -> None:
     """Hold a stream against what one can be. Raises :class:`Refused` (``bad_request``)."""
     saved = parcel.stream
-    if not NAME.fullmatch(saved.tenant):
+    if not TENANT_NAME.fullmatch(saved.tenant):
         raise Refused(Code.BAD_REQUEST, f"'{saved.tenant}' cannot be the name of a tenant")
     # Far from where numbers end on the wire: the stream is to go on from them.
     numbers = 0 <= saved.acked <= saved.seq < 2**63 and 1 <= saved.first_generation <= saved.generation < 2**31

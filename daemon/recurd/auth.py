@@ -21,7 +21,7 @@ from zmq.utils.monitor import parse_monitor_message
 
 from recurd import config
 from recurd.errors import AuthError, KeyFileError
-from recurd.keys import NAME, PUBLIC_SUFFIX, Credentials, Pair, is_key, read_pair, read_public
+from recurd.keys import PUBLIC_SUFFIX, Credentials, Pair, is_key, read_pair, read_public
 from recurd.stats import Stats
 from recurd.tenants import LOCAL
 
@@ -79,7 +79,7 @@ def _key_files(directory: str) -> list[Path]:
 
 
 def _add(users: dict[str, str], key: str, name: str, place: str) -> None:
-    if name == LOCAL or not NAME.fullmatch(name):
+    if name == LOCAL or not config.TENANT_NAME.fullmatch(name):
         raise AuthError(f"{place}: '{name}' cannot be the name of a tenant with a key")
     if users.setdefault(key, name) != name:
         raise AuthError(f"{place}: tenant '{users[key]}' has this key already")

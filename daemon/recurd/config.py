@@ -4,6 +4,7 @@
 :class:`ConfigError` that names the file and the key.
 """
 
+import difflib
 import ipaddress
 import re
 from collections.abc import Mapping
@@ -21,6 +22,8 @@ Count = Annotated[int, msgspec.Meta(ge=1)]
 CountOrZero = Annotated[int, msgspec.Meta(ge=0)]
 Seconds = Annotated[float, msgspec.Meta(gt=0, le=1e9)]
 Rate = Annotated[float, msgspec.Meta(gt=0, le=1e15)]
+#: A tenant's name, and so a key's: it is the first part of a topic and the name of a file.
+TENANT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@+-]{0,63}")
 #: What a tenant may have.
 Right = Literal["stream", "reset", "state", "admin"]
 #: ZeroMQ takes these as milliseconds in 32 bits, and heartbeats' time to live in 16 bits of 0.1 s.
@@ -250,10 +253,22 @@ def _sentence(error: msgspec.ValidationError, raw: dict[str, Any]) -> str:
         return f"{key}: {text.rpartition(' ')[2]} is not one of {', '.join(allowed)}"
     if "unknown field" in text:
         section, name = key and f" in [{key}]", text.split("`")[1]
-        return f"{name}: there is no such key{section}"
+        return f"{name}: there is no such key{section}{_nearest(name)}"
     if "required field" in text:
         return f"{key}: {text.split('`')[1]} is missing"
     return f"{key}: {text}"
+
+
+def _nearest(name: str) -> str:
+    """A hint at the key that was probably meant, and where it stands."""
+    defaults = msgspec.structs.asdict(Config())
+    sections: dict[str, type[msgspec.Struct]] = {"the file's head": Config, "[[models]]": Model}
+    sections |= {f"[{key}]": type(value) for key, value in defaults.items() if isinstance(value, msgspec.Struct)}
+    sections |= {"[tenants.NAME]": Tenant, "[tenants.NAME.limits]": TenantLimits}
+    keys = [key for kind in sections.values() for key in kind.__struct_fields__]
+    near = difflib.get_close_matches(name, keys, 1)
+    places = [place for place, kind in sections.items() if near and near[0] in kind.__struct_fields__]
+    return f"; there is '{near[0]}' in {', '.join(places)}" if near else ""
 
 
 def _wrong_tenant(sections: dict[str, Any]) -> str:
@@ -274,8 +289,7 @@ def _check(config: Config) -> None:
         raise ConfigError("bind: at least one endpoint is needed")
     for endpoint in (*config.bind, *config.publish.bind):
         check_endpoint(endpoint, insecure=config.insecure or bool(config.auth.key))
-    if not config.auth.key:
-        _check_without_auth(config)
+    _check_tenants(config)
     if config.durability.mode != "off" and not config.durability.directory:
         raise ConfigError(f"durability.directory: mode '{config.durability.mode}' needs a folder to keep streams in")
     if config.metrics:
@@ -291,7 +305,13 @@ def _check(config: Config) -> None:
                 raise ConfigError(f"{key}: '{value}' is there twice")
 
 
-def _check_without_auth(config: Config) -> None:
+def _check_tenants(config: Config) -> None:
+    for name in config.tenants:
+        if not TENANT_NAME.fullmatch(name):
+            allowed = "1 to 64 letters, digits and ._@+-, the first a letter or digit"
+            raise ConfigError(f"tenants.{name}: a tenant's name has {allowed}")
+    if config.auth.key:
+        return
     if config.auth.clients:
         raise ConfigError("auth.clients: needs auth.key, the daemon's own secret key ('recurd keys new server')")
     for name in config.tenants:

@@ -17,6 +17,7 @@ release, which is decided by the daemon it comes from.
 
 from collections import OrderedDict
 from collections.abc import Iterator
+from typing import Annotated
 
 import msgspec
 
@@ -29,12 +30,14 @@ FENCE_SECONDS = 10.0
 _RETRY_SECONDS = 0.05
 #: Groups whose fate is remembered.
 _MAX_FATES = 10_000
+#: What an operator calls a group; it is remembered, logged and told to clients.
+GroupId = Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
 
 
 class OfGroup(msgspec.Struct, frozen=True):
     """Keys of a command that only names a group."""
 
-    group: str
+    group: GroupId
 
 
 class Group:

@@ -13,12 +13,11 @@ from pathlib import Path
 
 import zmq
 
+from recurd.config import TENANT_NAME
 from recurd.errors import KeyFileError
 
 PUBLIC_SUFFIX = ".key"
 SECRET_SUFFIX = ".key_secret"
-#: A tenant's name, and so a key's: it is the first part of a topic and the name of a file.
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@+-]{0,63}")
 _KEY = re.compile(r"[0-9a-zA-Z.\-:+=^!/*?&<>()\[\]{}@%$#]{40}")
 _LINE = re.compile(r"""\s+(public|secret)-key\s*=\s*(["'])(.*)\2\s*""")
 #: More than this is no key file.
@@ -76,7 +75,7 @@ def new(name: str, directory: Path) -> tuple[Path, Path]:
     The directory is made (mode 0700) when it is not there, the one it is in is not: a slip would put a secret where
     nobody looks for it. Raises :class:`KeyFileError`, also where one of the files exists.
     """
-    if not NAME.fullmatch(name):
+    if not TENANT_NAME.fullmatch(name):
         raise KeyFileError(
             f"'{name}' cannot be a key's name: 1 to 64 of A-Z a-z 0-9 . _ @ + -, the first a letter or digit"
         )

@@ -1,14 +1,14 @@
 """Streams that leave for another daemon: gathered, closed, copied, and let go of (:mod:`recurd.moving`)."""
 
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 
 from recurd import wire
 from recurd.admin import Request
 from recurd.errors import Code, Refused
-from recurd.fences import Fences, Group, OfGroup
+from recurd.fences import Fences, Group, GroupId, OfGroup
 from recurd.lane import states_of
 from recurd.lifecycle import Lifecycle
 from recurd.peers import Outbox, Peers
@@ -22,10 +22,13 @@ if TYPE_CHECKING:
 #: What a stream takes in a page besides its state and its answers' data, about.
 _STREAM_BYTES = 512
 _ANSWER_BYTES = 96
+#: They are remembered with every stream that has left.
+Endpoint = Annotated[str, msgspec.Meta(min_length=1, max_length=512)]
+Key = Annotated[str, msgspec.Meta(max_length=64)]
 
 
 class _Gather(msgspec.Struct, frozen=True):
-    group: str
+    group: GroupId
     #: Whether they are to leave. Without it nothing changes for them.
     fence: bool = False
     #: About so many; the streams of a connection are never parted. With ``fence`` only.
@@ -37,7 +40,7 @@ class _Gather(msgspec.Struct, frozen=True):
 
 
 class _Export(msgspec.Struct, frozen=True):
-    group: str
+    group: GroupId
     start: int
     max_bytes: int
     #: At most so many streams: others wait while a page is made, and while it is taken in.
@@ -45,15 +48,15 @@ class _Export(msgspec.Struct, frozen=True):
 
 
 class _Release(msgspec.Struct, frozen=True):
-    group: str
-    endpoint: str
-    server_key: str | None = None
+    group: GroupId
+    endpoint: Endpoint
+    server_key: Key | None = None
 
 
 class _Redirect(msgspec.Struct, frozen=True):
     #: ``None``: take streams again.
-    endpoint: str | None = None
-    server_key: str | None = None
+    endpoint: Endpoint | None = None
+    server_key: Key | None = None
 
 
 class Leaving:

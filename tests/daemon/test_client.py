@@ -538,6 +538,13 @@ client.close()
     assert (result.stderr, result.returncode) == ("", 0)
 
 
+def test_the_engine_knows_no_socket_no_thread_and_no_runtime() -> None:
+    """It is driven by frames and times; tests and other servers drive it without a network."""
+    script = "import sys, recurd.engine; print(*sorted({'zmq', 'onnxruntime', 'lmdb'} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == ""
+
+
 def test_importing_recurd_loads_nothing_and_a_client_needs_only_zmq_numpy_and_msgspec() -> None:
     script = """
 import sys, recurd

@@ -109,8 +109,10 @@ def test_a_relative_model_path_starts_at_the_files_folder_and_an_absolute_one_st
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("slot = 1", "slot: there is no such key"),
-        ("[limits]\nstrams = 1", "strams: there is no such key in [limits]"),
+        ("slot = 1", "slot: there is no such key; there is 'slots' in the file's head, [[models]]"),
+        ("colour = 1", "colour: there is no such key"),
+        ("queued_seconds = 1", "queued_seconds: there is no such key; there is 'queued_seconds' in [limits]"),
+        ("[limits]\nstrams = 1", "strams: there is no such key in [limits]; there is 'streams' in [limits], [tenants"),
         ("[[models]]\npath = 'a'\nsots = 1", "sots: there is no such key in [models[0]]"),
         ("[[models]]\nname = 'a'", "models[0]: path is missing"),
         ("[limits]\nstreams = 0", "limits.streams: expected `int` >= 1"),
@@ -122,6 +124,7 @@ def test_a_relative_model_path_starts_at_the_files_folder_and_an_absolute_one_st
         ("[tenants.a]\n[tenants.b]\nrights = ['fly']", "tenants.b.rights[0]: 'fly' is not one of stream, reset, state"),
         ("[tenants.a]\nstrems = []", "strems: there is no such key in [tenants.a]"),
         ("[tenants.a.limits]\nstreams = 0", "tenants.a.limits.streams: expected `int` >= 1"),
+        ("[tenants.'a/b']", "tenants.a/b: a tenant's name has 1 to 64 letters, digits and ._@+-"),
         ("[tenants.a]", "tenants.a: without auth.key nobody is this tenant, all are 'local'"),
         ("[auth]\nclients = 'c'", "auth.clients: needs auth.key, the daemon's own secret key"),
         ("tenants = 1", "tenants: expected `object`, got `int`"),

@@ -240,6 +240,9 @@ def test_a_group_is_lifted_and_dropped_and_nothing_is_left_of_it_there(here: Des
     assert there.stats.models["pump"].host_bytes == 0
     assert there.connect("x").open("s", mode="resume").code == "unknown_stream"
     assert Operator(there).reply("import", group="g", stamps=[]).code == "bad_request"
+    for name in ("", "g" * 65):  # it would be remembered and logged
+        assert Operator(there).reply("import", group=name, stamps=[]).code == "bad_request"
+        assert Operator(here).reply("gather", group=name).code == "bad_request"
 
 
 def test_streams_that_were_to_come_out_of_a_file_are_forgotten_when_its_reader_dies(here: Desk, there: Desk) -> None:

@@ -83,9 +83,8 @@ def drain(
 def _sentence(report: Report, to: str) -> str:
     settled = f"{report.settled:,} streams of a drain that was cut off are served by {to}; " if report.settled else ""
     if not report.streams:
-        return (
-            f"{settled}there was no {'other ' * bool(settled)}stream; whoever asks for one is sent to {to} from now on"
-        )
+        what = "no other stream" if settled else "no stream"
+        return f"{settled}there was {what}; whoever asks for one is sent to {to} from now on"
     return (
         f"{settled}{report.streams:,} streams moved to {to} in {report.seconds:g} s, in {report.groups:,} groups; "
         f"no stream paused for longer than {report.longest_pause_seconds * 1000:.3g} ms"
