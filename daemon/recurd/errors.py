@@ -20,7 +20,7 @@ else that is raised while a frame is handled is a bug: a traceback in the log an
 """
 
 from enum import IntEnum
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 
@@ -91,7 +91,7 @@ class Code(IntEnum):
     # a bug
     INTERNAL = 70
 
-    @property
+    @cached_property
     def word(self) -> str:
         """The code as it stands in JSON bodies, metrics, log lines and exceptions."""
         return self.name.lower()
@@ -185,7 +185,7 @@ class Refused(RecurdError):
         server_key: str | None = None,
         group: str | None = None,
     ) -> None:
-        super().__init__(f"{code.word}: {text}")
+        super().__init__(code, text)
         self.code = code
         self.text = text
         self.expected = expected
@@ -194,6 +194,9 @@ class Refused(RecurdError):
         self.endpoint = endpoint
         self.server_key = server_key
         self.group = group
+
+    def __str__(self) -> str:
+        return f"{self.code.word}: {self.text}"
 
     def __reduce__(self) -> tuple[Any, ...]:
         """So that it can leave a worker process: the default would call ``Refused`` with its one-line text alone."""
@@ -215,11 +218,14 @@ class Broken(RecurdError):
     """
 
     def __init__(self, code: Code, text: str, *, generation: int | None = None, last_seq: int | None = None) -> None:
-        super().__init__(f"{code.word}: {text}")
+        super().__init__(code, text)
         self.code = code
         self.text = text
         self.generation = generation
         self.last_seq = last_seq
+
+    def __str__(self) -> str:
+        return f"{self.code.word}: {self.text}"
 
     def __reduce__(self) -> tuple[Any, ...]:
         """As in :class:`Refused`."""

@@ -167,6 +167,8 @@ class Lane:
         do not acknowledge their results lock out those that do.
         """
         room, size, is_first, share = self._room, chunk.data.nbytes, not stream.queue, stream.share
+        if share is not None:
+            share.check_limits(chunk.arrived)
         if (
             (room.chunks >= room.max_chunks and not is_first)
             or room.bytes + size > room.max_bytes

@@ -7,6 +7,8 @@ authentication.
 from collections import Counter, OrderedDict
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from recurd import wire
 from recurd.errors import Broken, Refused
 from recurd.stats import Stats
@@ -137,6 +139,9 @@ class Outbox:
         self._stats = stats
         self._max_bytes = min(max_message_bytes, _JOIN_BYTES)
         self._waiting: list[Peer] = []
+        # The error that was put out last, the type of what it answered, and its text.
+        self._told: tuple[Exception | None, int] = (None, 0)
+        self._text = b""
 
     def send(self, peer: Peer, record: wire.Record) -> None:
         """Put out the answer to a record; it may travel joined with others."""
@@ -166,27 +171,18 @@ class Outbox:
         """Answer the message of ``header`` with an error, and count it."""
         counts = self._stats.broken if isinstance(error, Broken) else self._stats.refused
         counts[error.code] += 1
-        body = wire.Error(
-            code=error.code.word,
-            text=error.text[:_TEXT_CHARACTERS],
-            in_reply_to=header.type,
-            expected=getattr(error, "expected", None),
-            retry_after_seconds=getattr(error, "retry_after_seconds", None),
-            endpoint=getattr(error, "endpoint", None),
-            server_key=getattr(error, "server_key", None),
-            group=getattr(error, "group", None),
-            generation=error.generation,
-            last_seq=getattr(error, "last_seq", None),
-        )
-        record = wire.control(
+        if self._told != (error, header.type):  # the records of a frame are often told the same
+            self._told, self._text = (error, header.type), msgspec.json.encode(_body(error, header.type))
+        head = wire.pack(
             wire.Type.ERROR,
-            body,
             flags=header.flags & wire.ATTEMPT,
             code=error.code,
+            size=len(self._text),
             generation=header.generation,
             handle=header.handle,
             seq=header.seq,
         )
+        record = (head, self._text)
         if header.type in _JOINED:
             self.send(peer, record)
         else:
@@ -201,3 +197,18 @@ class Outbox:
             peer.frames, peer.again_bytes = [], 0
         self._waiting = []
         return due
+
+
+def _body(error: Refused | Broken, in_reply_to: int) -> wire.Error:
+    return wire.Error(
+        code=error.code.word,
+        text=error.text[:_TEXT_CHARACTERS],
+        in_reply_to=in_reply_to,
+        expected=getattr(error, "expected", None),
+        retry_after_seconds=getattr(error, "retry_after_seconds", None),
+        endpoint=getattr(error, "endpoint", None),
+        server_key=getattr(error, "server_key", None),
+        group=getattr(error, "group", None),
+        generation=error.generation,
+        last_seq=getattr(error, "last_seq", None),
+    )

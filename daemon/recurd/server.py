@@ -26,6 +26,7 @@ from recurd.engine import Engine
 from recurd.errors import Code, ConfigError, ExitCode, Refused, StartError
 from recurd.former import Copies
 from recurd.http import Application, Health, HttpServer, Phase
+from recurd.intake import Intake
 from recurd.lifecycle import Identity
 from recurd.loading import Loaded, load
 from recurd.logs import open_log
@@ -46,8 +47,6 @@ if TYPE_CHECKING:
 _BEAT_SECONDS = 0.5
 #: What a thread sends that has something for the loop: the number of no signal.
 _WAKE = b"\0"
-#: Bytes that count as much as a record in what is received between two ticks: large frames take their time too.
-_BYTES_A_RECORD = 16384
 #: How long the socket may go on sending answers after the loop has ended.
 _LINGER_MILLISECONDS = 1000
 
@@ -94,13 +93,14 @@ class Server:
         loaded = _load_models(settings, device, log)
         labels |= {one.name: one.labels for one in loaded}
         models = {one.name: one.model for one in loaded}
-        bit_exact = tuple(one.name for one in loaded if one.bit_exact)
         settings = structs.replace(settings, models=tuple(one.entry for one in loaded))
         self._engine = Engine(
             settings,
             models,
             identity=Identity(
-                os.urandom(8), {"wanted": settings.device, "used": device, "fallback": fallback}, bit_exact
+                os.urandom(8),
+                {"wanted": settings.device, "used": device, "fallback": fallback},
+                tuple(one.name for one in loaded if one.bit_exact),
             ),
             stats=stats,
             clock=time.monotonic,
@@ -114,6 +114,7 @@ class Server:
         self._gate = None if keys is None else auth.Gate(context, keys, stats, stack)
         self._socket = _open_router(context, settings, stack)
         self.endpoints = bind(self._socket, settings.bind, self._gate)
+        self._intake = self._open_intake()
         self._publisher = self._open_publisher(context, stack) if settings.publish.bind else None
         self._poller = self._open()
         self._reload = Reload(
@@ -149,6 +150,12 @@ class Server:
         if self._publisher is not None:
             poller.register(self._publisher.socket, zmq.POLLIN)
         return poller
+
+    def _open_intake(self) -> Intake:
+        # With keys, only over ipc is nobody asked who it is.
+        unnamed = "" if self._gate is not None and all(map(is_tcp, self.endpoints)) else LOCAL
+        records = self._config.tick.receive_records
+        return Intake(self._socket, records, asks_users=self._gate is not None, unnamed=unnamed)
 
     def _open_publisher(self, context: Context, stack: ExitStack) -> Publisher:
         return Publisher(
@@ -221,7 +228,9 @@ class Server:
         """Sleep until there is a frame, a signal, or something due."""
         deadline = self._engine.deadline()
         seconds = self._beat_seconds
-        if deadline is not None:
+        if self._intake.holds:
+            seconds = 0.0
+        elif deadline is not None:
             seconds = min(seconds, max(0.0, deadline - time.monotonic()))
         for ready, _ in self._poller.poll(int(seconds * 1000 + 0.999)):
             if ready == self._wakeup.fileno():
@@ -233,35 +242,8 @@ class Server:
                 self._engine.publish(self._publisher.wanted)
 
     def _receive(self) -> None:
-        """Feed the engine what has come, up to a bound, so that ticks and answers are never far away."""
-        if self._gate is not None:
-            self._receive_from_users()
-            return
-        receive, clock = self._engine.receive, time.monotonic
-        room = self._config.tick.receive_records
-        while room > 0:
-            try:
-                routing_id, *frames = self._socket.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
-                return
-            # Anything but exactly one frame is no message of ours; an empty one is refused as such.
-            frame = frames[0] if len(frames) == 1 else b""
-            room -= receive(frame, routing_id, clock()) + sum(map(len, frames)) // _BYTES_A_RECORD
-
-    def _receive_from_users(self) -> None:
-        """The same, with whom each message is from: the routing id does not say, as a client may take another's."""
-        receive, clock = self._engine.receive, time.monotonic
-        # Only over ipc is nobody asked who it is.
-        unnamed = "" if all(map(is_tcp, self.endpoints)) else LOCAL
-        room = self._config.tick.receive_records
-        while room > 0:
-            try:
-                routing_id, *frames = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
-            except zmq.Again:
-                return
-            user = (auth.user_of(frames[-1]) if frames else "") or unnamed
-            frame = frames[0].bytes if len(frames) == 1 else b""
-            room -= receive(frame, routing_id.bytes, clock(), user) + sum(map(len, frames)) // _BYTES_A_RECORD
+        """Feed the engine what has come."""
+        self._intake.round(self._engine.receive, time.monotonic)
 
     def _change(self) -> None:
         """Between two ticks: what whoever runs the daemon asks for, and what has come of it."""

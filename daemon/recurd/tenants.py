@@ -198,7 +198,19 @@ class Share:
     always room for the next one, however much those before it have taken.
     """
 
-    __slots__ = ("_bytes_rate", "_chunks_rate", "_in_flight", "_name", "_retained", "_room", "bytes", "chunks", "held")
+    __slots__ = (
+        "_bytes_rate",
+        "_chunks_rate",
+        "_in_flight",
+        "_name",
+        "_refused",
+        "_refused_at",
+        "_retained",
+        "_room",
+        "bytes",
+        "chunks",
+        "held",
+    )
 
     def __init__(self, name: str, room: "Room") -> None:
         self._name = name
@@ -214,13 +226,15 @@ class Share:
         """Hold the tenant to these limits from now on."""
         self._in_flight = limits.in_flight
         self._retained = limits.retained_bytes
+        # The last refusal by its rates, and when.
+        self._refused: Refused | None = None
+        self._refused_at = 0.0
         self._chunks_rate = None if limits.chunks_per_second is None else Rate(limits.chunks_per_second)
         self._bytes_rate = None if limits.bytes_per_second is None else Rate(limits.bytes_per_second)
 
     def enter(self, chunk: "Chunk", is_first: bool) -> None:
         """Count a chunk that is about to be queued. Raises :class:`Refused`, nothing counted, when it may not be."""
         size, now = chunk.data.nbytes, chunk.arrived
-        self._check_limits(now)
         room = self._room
         if (
             (self.chunks >= room.max_chunks - room.chunks and not is_first)
@@ -235,14 +249,19 @@ class Share:
         self.chunks += 1
         self.bytes += size
 
-    def _check_limits(self, now: float) -> None:
+    def check_limits(self, now: float) -> None:
+        """Hold a chunk that comes now against the tenant's own limits. Raises :class:`Refused`."""
         if self._in_flight is not None and self.chunks >= self._in_flight:
             raise self._refusal(f"{self.chunks} chunks in flight", self._room.retry_after_seconds)
         if self._retained is not None and self.held >= self._retained:
             raise self._refusal(f"{self.held} bytes of results not acknowledged", self._room.retry_after_seconds)
+        if self._refused is not None and self._refused_at == now:
+            # The other chunks of a frame, which has one time: one who sends a thousand of them too many costs little.
+            raise self._refused.with_traceback(None)
         for rate, what in ((self._chunks_rate, "chunks"), (self._bytes_rate, "bytes")):
             if rate is not None and (wait := rate.wait(now)) > 0:
-                raise self._refusal(f"its {what} for now", wait)
+                self._refused, self._refused_at = self._refusal(f"its {what} for now", wait), now
+                raise self._refused
 
     def _refusal(self, what: str, wait_seconds: float) -> Refused:
         return Refused(

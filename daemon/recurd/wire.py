@@ -275,6 +275,13 @@ def decode(data: Buffer) -> tuple[Header, memoryview]:
     return header, memoryview(data)[HEADER_BYTES:]
 
 
+def records_in(data: Buffer) -> int:
+    """How many records a frame says that it carries, at least one; whether it is true :func:`decode` finds out."""
+    if len(data) < HEADER_BYTES or data[3] != Type.MULTI:
+        return 1
+    return min(max(1, int.from_bytes(data[12:16], "little")), MAX_RECORDS)
+
+
 def decode_multi(header: Header, payload: memoryview) -> list[tuple[Header, Buffer]]:
     """The records of a MULTI, in order.
 
