@@ -24,6 +24,7 @@ import sys
 import tempfile
 import time
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -149,6 +150,12 @@ class Quiet:
         p50, p99, longest = np.percentile(taken, [50, 99, 100]).tolist()
         return Times(p50, p99, longest, accepted - self._pushes / seconds, refused)
 
+    def settle(self) -> None:
+        """Wait until the daemon has nothing to do but this one's pushes."""
+        counts = None
+        while counts != (counts := self._counts()):
+            time.sleep(0.3)
+
     def _counts(self) -> tuple[float, float]:
         """Chunks answered, and records refused, by all tenants."""
         with urllib.request.urlopen(f"http://{self._metrics}/metrics", timeout=PUSH_SECONDS) as page:
@@ -161,7 +168,7 @@ class Quiet:
 
 
 @contextlib.contextmanager
-def _flooding(kind: str, endpoint: str, folder: Path):  # type: ignore[no-untyped-def]  # a generator of nothing
+def _flooding(kind: str, endpoint: str, folder: Path, quiet: Quiet) -> Iterator[None]:
     command = [sys.executable, __file__, str(folder), "--flood", kind, "--endpoint", endpoint]
     with subprocess.Popen(command) as process:
         try:
@@ -170,6 +177,8 @@ def _flooding(kind: str, endpoint: str, folder: Path):  # type: ignore[no-untype
             yield
         finally:
             process.kill()
+    # What it left in the sockets is none of the next series.
+    quiet.settle()
 
 
 def run(model: Path, *, rounds: int, pushes: int, steps: int, every: float, journal: bool, threads: int) -> Outcome:
@@ -204,7 +213,7 @@ def run(model: Path, *, rounds: int, pushes: int, steps: int, every: float, jour
             say(f"round {number + 1} of {rounds}")
             found["alone"].append(quiet.measure())
             for kind in KINDS:
-                with _flooding(kind, daemon.endpoint, folder):
+                with _flooding(kind, daemon.endpoint, folder, quiet):
                     found[kind].append(quiet.measure())
         return Outcome(
             rounds=rounds,

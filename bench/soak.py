@@ -49,7 +49,7 @@ CONFIG = f"""
 [timeouts]
 stream_idle_seconds = {IDLE_SECONDS}
 peer_idle_seconds = {PEER_SECONDS}
-heartbeat_seconds = 1.0
+keepalive_seconds = 1
 [limits]
 ended_streams = 1000
 """

@@ -26,7 +26,7 @@ Rate = Annotated[float, msgspec.Meta(gt=0, le=1e15)]
 TENANT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@+-]{0,63}")
 #: What a tenant may have.
 Right = Literal["stream", "reset", "state", "admin"]
-#: ZeroMQ takes these as milliseconds in 32 bits, and heartbeats' time to live in 16 bits of 0.1 s.
+#: ZeroMQ takes it as milliseconds in 32 bits.
 ShortSeconds = Annotated[float, msgspec.Meta(ge=0.1, le=2000)]
 
 
@@ -76,7 +76,7 @@ class Timeouts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     stream_idle_seconds: Seconds = 86_400.0
     peer_idle_seconds: Seconds = 120.0
     shutdown_seconds: Seconds = 10.0
-    heartbeat_seconds: ShortSeconds = 5.0
+    keepalive_seconds: Annotated[int, msgspec.Meta(ge=1, le=600)] = 5
     handshake_seconds: ShortSeconds = 5.0
     stall_seconds: Seconds = 30.0
     http_seconds: Seconds = 5.0

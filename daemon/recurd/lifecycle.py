@@ -170,7 +170,7 @@ class Lifecycle:
         A connection that broke leaves its peer behind, and whoever reconnects comes as another. Were it alive after
         all, it would be asked to say HELLO again and lose nothing.
         """
-        silent = self._peers.silent_since(now - 3 * self._timeouts.heartbeat_seconds)
+        silent = self._peers.silent_since(now - 3 * self._timeouts.keepalive_seconds)
         peer = next((peer for peer in silent if tenant in (None, peer.tenant)), None)
         if peer is None:
             return False

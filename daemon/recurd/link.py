@@ -12,6 +12,7 @@ import zmq
 from zmq.utils.monitor import parse_monitor_message
 
 from recurd.errors import Code, RecurdError, Refused
+from recurd.keepalive import keepalive
 from recurd.keys import Credentials, is_key
 from recurd.session import Session
 
@@ -19,17 +20,17 @@ _log = logging.getLogger("recurd.client")
 
 #: Far above any result there should be: a bound on what a strange daemon can make us allocate.
 MAX_FRAME_BYTES = 1 << 30
+#: Between looks whether the daemon's machine is there, while nothing comes.
+KEEPALIVE_SECONDS = 2
 
 _OPTIONS = {
     zmq.LINGER: 0,  # what is unanswered is sent again on the next connection
     zmq.MAXMSGSIZE: MAX_FRAME_BYTES,
     zmq.RCVHWM: 10_000,  # answers are bounded by what was asked
-    zmq.HEARTBEAT_IVL: 2_000,
-    zmq.HEARTBEAT_TIMEOUT: 6_000,
-    zmq.HEARTBEAT_TTL: 10_000,
     zmq.HANDSHAKE_IVL: 5_000,
     zmq.RECONNECT_IVL: 50,  # until the first connection; after that a lost one costs the socket
     zmq.RECONNECT_IVL_MAX: 1_000,
+    **keepalive(KEEPALIVE_SECONDS),
 }
 
 

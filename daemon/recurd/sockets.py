@@ -10,6 +10,7 @@ import zmq
 from recurd import config
 from recurd.auth import Gate
 from recurd.errors import AddressError
+from recurd.keepalive import keepalive
 
 Socket = zmq.Socket[bytes]
 Context = zmq.Context[zmq.Socket[bytes]]
@@ -24,14 +25,11 @@ def open_socket(
     context: Context, kind: int, settings: config.Config, options: Mapping[zmq.SocketOption, int]
 ) -> Socket:
     """A socket that is not bound yet, with what is the same for all of a daemon's, and ``options``."""
-    heartbeat = int(settings.timeouts.heartbeat_seconds * 1000)
     common = {
         zmq.RCVHWM: settings.zeromq.receive_high_water_mark,
         zmq.BACKLOG: settings.zeromq.backlog,
-        zmq.HEARTBEAT_IVL: heartbeat,
-        zmq.HEARTBEAT_TIMEOUT: 3 * heartbeat,
         zmq.HANDSHAKE_IVL: int(settings.timeouts.handshake_seconds * 1000),
-        zmq.TCP_KEEPALIVE: 1,
+        **keepalive(settings.timeouts.keepalive_seconds),
     }
     socket = context.socket(kind)
     for option, value in (common | dict(options)).items():

@@ -14,8 +14,9 @@ from zmq.utils.monitor import parse_monitor_message
 from recurd import wire
 from recurd.errors import RecurdError, Refused, Unanswered
 from recurd.interface import check_endpoint
+from recurd.keepalive import keepalive
 from recurd.keys import read_credentials
-from recurd.link import MAX_FRAME_BYTES, failed_handshake
+from recurd.link import KEEPALIVE_SECONDS, MAX_FRAME_BYTES, failed_handshake
 from recurd.signature import Result, Signature
 
 _EVENTS = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
@@ -63,8 +64,8 @@ class Subscriber:
         self._socket = self._context.socket(zmq.SUB)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
-        self._socket.setsockopt(zmq.HEARTBEAT_IVL, 2_000)
-        for option, value in credentials.options().items() if credentials is not None else ():
+        keys = {} if credentials is None else credentials.options()
+        for option, value in (keepalive(KEEPALIVE_SECONDS) | keys).items():
             self._socket.setsockopt(option, value)
         for topic in topics:
             self._socket.subscribe(topic[:-1] if topic.endswith("*") else topic + "\0")

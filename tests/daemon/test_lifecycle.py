@@ -99,7 +99,7 @@ def test_connections_beyond_the_bound_are_busy_until_one_goes(open_desk: OpenDes
 
 
 def test_a_new_connection_takes_the_place_of_one_that_is_probably_gone(open_desk: OpenDesk) -> None:
-    desk = open_desk(limits=Limits(connections=2), timeouts=Timeouts(heartbeat_seconds=5, peer_idle_seconds=1000))
+    desk = open_desk(limits=Limits(connections=2), timeouts=Timeouts(keepalive_seconds=5, peer_idle_seconds=1000))
     gone, alive = desk.connect("a"), desk.connect("b")
     handle = gone.handle("s")
     push(gone, handle)

@@ -1,6 +1,10 @@
 """Clients that do not read what they asked for, or do not say that they have: nobody else may notice."""
 
+import os
+import signal
 import statistics
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -187,3 +191,45 @@ def test_a_client_that_does_not_acknowledge_is_stopped_and_others_are_not(pump: 
         # and who acknowledges is served again
         for handle, seq in taken.items():
             assert greedy.ask(b"".join(chunk(handle, seq + 1, X[0], ack=seq))).type == Type.RESULT
+
+
+FLOOD = """
+import sys, time, zmq
+from dialogue import hello, opening, replies
+from recurd import wire
+socket = zmq.Context().socket(zmq.DEALER)
+socket.setsockopt(zmq.RCVHWM, 1)
+socket.connect(sys.argv[1])
+socket.send(hello(multi=True))
+socket.recv()
+socket.send(opening("loud"))
+(opened,) = replies(socket.recv())
+record = wire.pack(wire.Type.RESET, generation=1, handle=opened.header.handle, seq=9), b""
+end = time.monotonic() + float(sys.argv[2])
+while time.monotonic() < end:
+    socket.send(wire.multi([record] * wire.MAX_RECORDS))
+print("enough", flush=True)
+while True:
+    socket.send(wire.multi([record] * wire.MAX_RECORDS))
+"""
+
+
+def test_a_client_that_floods_reads_nothing_and_dies_takes_nothing_with_it(pump: Path, tmp_path: Path) -> None:
+    """libzmq ended the whole process when one of its own heartbeats was due on what was left of the connection."""
+    with Process(tmp_path, pump, "--bind", "tcp://127.0.0.1:*", "--metrics", "") as daemon:
+        daemon.ready()
+        with recurd.connect(daemon.endpoint) as client:
+            stream = client.open("quiet", model="pump")
+            # until shortly before a heartbeat of five seconds
+            command = [sys.executable, "-c", FLOOD, daemon.endpoint, "4.3"]
+            path = os.pathsep.join([str(Path(__file__).parents[1] / "support"), *sys.path])
+            environment = os.environ | {"PYTHONPATH": path}
+            with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as flood:
+                assert flood.stdout is not None
+                assert flood.stdout.readline() == "enough\n"
+                flood.kill()
+            begin = time.monotonic()
+            while time.monotonic() < begin + 1.5:
+                stream.push(X[0][:2], timeout_seconds=PATIENCE_SECONDS)
+            assert client.server.epoch
+        assert daemon.stop(signal.SIGTERM) == 0, daemon.log
