@@ -29,7 +29,7 @@ from recurd.dealer import Connection
 from recurd.model import Model
 
 #: Records in a frame, and frames under way.
-RECORDS, FRAMES = 1024, 4
+RECORDS, FRAMES = 256, 16
 #: Streams whose every result is compared.
 WITNESSES = 1000
 ANSWER_SECONDS = 600.0

@@ -8,7 +8,7 @@ and times each push, first alone, then beside each flood:
 
     long     a client of ours submits chunks of 512 steps to 200 streams as fast as it can
     short    the same with chunks of 16 steps
-    deaf     1,024 chunks a message, each of a stream of its own, all with a number that is not the next (`gap`)
+    deaf     256 chunks a message, each of a stream of its own, all with a number that is not the next (`gap`)
     bounded  the same with the right number, by a tenant that may send one chunk a second (`limit`)
 
 The last two are no clients of ours: they send on whatever they are told.

@@ -1,7 +1,8 @@
 """What has come to the daemon's socket, one round's worth at a time, so that ticks and answers are never far away.
 
-ROUTER gives frames of its connections in turn. A frame that is too large for what is left of a round waits for the
-next one: a thousand records of one connection do not stand between another's chunk and its tick.
+ROUTER gives frames of its connections in turn. A large one waits for the next round when it does not fit in what is
+left of this one, or comes behind one of another connection: what one sends by the hundred does not stand between
+another's chunk and its tick.
 """
 
 from collections.abc import Callable
@@ -13,6 +14,8 @@ from recurd import auth, wire
 
 #: Bytes that count as much as a record: large frames take their time too.
 _BYTES_A_RECORD = 16384
+#: What costs as many records is large.
+_LARGE = 128
 
 
 class _Message(NamedTuple):
@@ -42,14 +45,18 @@ class Intake:
 
     def round(self, receive: Callable[[bytes, bytes, float, str], int], clock: Callable[[], float]) -> None:
         """Hand over what has come, up to the bound: frame, routing id, time and user."""
-        left = self._records
+        left, former = self._records, None
         while left > 0 and (message := self._held or self._take()) is not None:
-            if message.cost > left < self._records:
+            is_behind = former is not None and former != message.routing_id
+            if former is not None and (message.cost > left or (is_behind and message.cost >= _LARGE)):
                 self._held = message
                 return
-            self._held = None
+            self._held, former = None, message.routing_id
             receive(message.frame, message.routing_id, clock(), message.user)
             left -= message.cost
+            if message.cost >= _LARGE:
+                # libzmq looks whether others have sent something only now and then while one has more.
+                self._socket.getsockopt(zmq.EVENTS)
 
     def _take(self) -> _Message | None:
         try:

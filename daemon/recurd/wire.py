@@ -41,7 +41,7 @@ MAX_EXPIRES_SECONDS = 65.535
 #: The part of a record's flags that counts how often it was sent under its number; an ERROR repeats it.
 ATTEMPT = 0xF0
 #: Records in a MULTI, at most: what one frame can make the other side do before it looks up again.
-MAX_RECORDS = 1024
+MAX_RECORDS = 256
 #: Bytes of the JSON of a HELLO or OPEN, at most: reading megabytes of it would hold up everybody else.
 MAX_REQUEST_BYTES = 65536
 

@@ -83,11 +83,11 @@ def test_a_header_cannot_ask_for_more_than_a_frame_of_repeated_results_at_once(p
     assert caller.run(chunk(handle, 1, long))[0].type == Type.RESULT
     again = (wire.pack(Type.CHUNK, generation=1, handle=handle, seq=1), b"")
 
-    caller.send(wire.multi([again] * 1000))
+    caller.send(wire.multi([again] * wire.MAX_RECORDS))
     sent = caller.take()
     assert 0 < len(sent) < 20
     assert all(Flag.DUPLICATE in Flag(reply.header.flags) for reply in sent)
-    assert desk.stats.send_failures["again"] == 1000 - len(sent)
+    assert desk.stats.send_failures["again"] == wire.MAX_RECORDS - len(sent)
     assert Flag.DUPLICATE in Flag(caller.ask(again).header.flags)
 
 
