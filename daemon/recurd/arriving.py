@@ -90,7 +90,7 @@ class Arriving:
             raise Refused(
                 Code.WRONG_MODEL,
                 f"streams of model '{model}' were left by another one ({difference}); their results would differ, "
-                f"which --accept-drift takes in its stride",
+                f"and --accept-drift goes on all the same",
             )
 
     def _check_all(self, parcels: list[Parcel], stamps: list[ModelStamp]) -> None:

@@ -7,7 +7,7 @@
 import difflib
 import ipaddress
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
@@ -227,6 +227,21 @@ def override(config: Config, changes: Mapping[str, Any], source: str = "command 
     for key, value in changes.items():
         raw[key] = raw[key] | value if isinstance(value, Mapping) and key in raw else value
     return _convert(raw, source)
+
+
+def changed(before: Config, now: Config, without: Collection[str]) -> list[str]:
+    """Keys that differ, in order: those of sections as ``limits.streams``; ``without`` these sections."""
+    found = []
+    for name in Config.__struct_fields__:
+        mine, theirs = getattr(before, name), getattr(now, name)
+        if name in without or mine == theirs:
+            continue
+        if isinstance(mine, msgspec.Struct):
+            keys = mine.__struct_fields__
+            found += [f"{name}.{key}" for key in keys if getattr(mine, key) != getattr(theirs, key)]
+        else:
+            found.append(name)
+    return found
 
 
 def _convert(raw: dict[str, Any], source: str) -> Config:

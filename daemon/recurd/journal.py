@@ -157,7 +157,7 @@ class Journal:
                 if not accept_drift:
                     raise JournalError(
                         f"{self._folder}: streams of model '{name}' were left by another one ({difference}); their "
-                        f"results would differ, which --accept-drift takes in its stride"
+                        f"results would differ from then on; --accept-drift goes on all the same"
                     )
                 drift.append(f"{name}: {difference}")
                 # Streams that do not run before the next start are not saved again, and held against the same stamp.
@@ -351,6 +351,8 @@ def _lock(folder: Path) -> Any:
         # Not emptied: another daemon may hold it, and the number of commits stands in it.
         descriptor = os.open(folder / "recurd.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         lock = os.fdopen(descriptor, "r+b", buffering=0)
+    except FileExistsError as error:
+        raise JournalError(f"{folder}: is a file, and the journal is a folder") from error
     except OSError as error:
         raise JournalError(f"{folder}: cannot be written: {error.strerror}") from error
     try:
@@ -456,7 +458,8 @@ def _read_tables(env: lmdb.Environment, noted: int) -> None:
                 raise JournalError(f"the journal is damaged: there is not all in table {name.decode()}")
             if name == b"meta" and (commits := _commits(transaction, table)) < noted:
                 raise JournalError(
-                    f"the journal is damaged: {noted} commits were made, and it stands after {commits} of them"
+                    f"{noted} commits were made, and data.mdb stands after {commits} of them: the last ones are lost, "
+                    f"or it is another one; to go on from there delete recurd.lock"
                 )
 
 

@@ -308,7 +308,8 @@ class Lifecycle:
         """Raises :class:`Refused` where there is none for so many more streams of a tenant."""
         most = self._tenants.rights(tenant).limits.streams or self._limits.streams
         if self._streams.count(tenant) + count > most:
-            raise Refused(Code.TOO_MANY_STREAMS, f"{most} streams are open, the most there may be")
+            open_ = self._streams.count(tenant)
+            raise Refused(Code.TOO_MANY_STREAMS, f"{open_} streams are open, and {most} may be at most")
         if lane.has_no_room(count):
             text = f"there is no room for the states of more than {lane.streams} streams of model '{lane.name}'"
             raise Refused(Code.NO_SLOTS, f"{text}: close streams, shorten the idle time-out or raise host_state_bytes")

@@ -34,6 +34,8 @@ _OPTIONS = {
 }
 
 
+#: Of a socket's monitor: those that :func:`failed_handshake` is asked about.
+HANDSHAKE_EVENTS = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
 _EVENTS = (
     zmq.EVENT_DISCONNECTED
     | zmq.EVENT_HANDSHAKE_FAILED_AUTH

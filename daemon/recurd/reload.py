@@ -65,6 +65,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     models: list[Outcome]
     #: Streams that were finishing on versions replaced before, and end now too (``restart``).
     former_ending: int
+    #: Keys of the configuration that were changed and take a new start.
+    needs_start: list[str]
     seconds: float
 
 
@@ -75,6 +77,7 @@ class _Asked:
     settings: config.Config
     incompatible: Incompatible
     requests: list[Request]
+    needs_start: list[str]
 
 
 @dataclass(frozen=True)
@@ -128,8 +131,10 @@ class Reload:
         """Names of the models that are served."""
         return list(self._served)
 
-    def ask(self, settings: config.Config, request: Request | None = None) -> None:
+    def ask(self, settings: config.Config, request: Request | None, needs_start: list[str]) -> None:
         """Look at the models of ``settings`` again; ``request`` is answered when all is done.
+
+        ``needs_start``: keys that were changed besides, to be told.
 
         Raises :class:`Refused` for a request that cannot be read.
         """
@@ -139,7 +144,7 @@ class Reload:
         requests = [] if request is None else [request]
         if self._next is not None:
             requests = self._next.requests + requests
-        self._next = _Asked(settings, incompatible, requests)
+        self._next = _Asked(settings, incompatible, requests, needs_start)
         if self._asked is None:
             self._start()
 
@@ -275,7 +280,12 @@ class Reload:
                 Outcome(model=name, path=path, outcome="removed", finishing=takeover.finishing, ending=takeover.ending)
             )
         former = self._engine.end_former() if asked.incompatible == "restart" else 0
-        report = Report(models=self._outcomes, former_ending=former, seconds=round(time.monotonic() - self._begin, 3))
+        report = Report(
+            models=self._outcomes,
+            former_ending=former,
+            needs_start=asked.needs_start,
+            seconds=round(time.monotonic() - self._begin, 3),
+        )
         failed = [outcome.model for outcome in self._outcomes if outcome.outcome == "failed"]
         self._log.info(
             "reloaded",

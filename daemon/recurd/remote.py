@@ -10,10 +10,12 @@ from types import TracebackType
 from typing import Any
 
 import zmq
+from zmq.utils.monitor import parse_monitor_message
 
 from recurd import __version__, wire
 from recurd.errors import Code, Refused, Unanswered
 from recurd.keys import Credentials
+from recurd.link import HANDSHAKE_EVENTS, failed_handshake
 
 #: How long to wait before asking again what was answered with ``busy``.
 _LEAST_PAUSE_SECONDS = 0.01
@@ -33,6 +35,9 @@ class Remote:
         self._socket.setsockopt(zmq.SNDTIMEO, int(timeout_seconds * 1000))
         for option, value in credentials.options().items() if credentials is not None else ():
             self._socket.setsockopt(option, value)
+        self._credentials = credentials
+        self._was_welcome = False
+        self._monitor = self._socket.get_monitor_socket(HANDSHAKE_EVENTS)
         try:
             self._socket.connect(endpoint)
             self.welcome = self._greet()
@@ -50,6 +55,8 @@ class Remote:
 
     def close(self) -> None:
         """Let go of the connection."""
+        self._socket.disable_monitor()
+        self._monitor.close()
         self._socket.close()
         self._context.term()
 
@@ -85,6 +92,7 @@ class Remote:
         number = next(self._numbers)
         record = wire.control(wire.Type.HELLO, body, seq=number)
         _, payload = self._exchange(record, number, time.monotonic() + self._timeout_seconds)
+        self._was_welcome = True
         return wire.decode_body(payload, wire.Welcome)
 
     def _exchange(self, record: wire.Record, number: int, end: float) -> tuple[wire.Header, memoryview]:
@@ -93,7 +101,7 @@ class Remote:
             self._socket.send(wire.frame(record))
         except zmq.Again as error:
             raise self._unanswered() from error
-        while self._socket.poll(max(0, int((end - time.monotonic()) * 1000))):
+        while self._has_come(end):
             header, payload = wire.decode(self._socket.recv())
             if header.seq != number:
                 continue  # the answer to something that was given up
@@ -102,8 +110,25 @@ class Remote:
             return header, payload
         raise self._unanswered()
 
+    def _has_come(self, end: float) -> bool:
+        """Wait until then for a message. Raises :class:`Refused` when the daemon does not let us in."""
+        while True:
+            milliseconds = max(0, int((end - time.monotonic()) * 1000))
+            ready = dict(zmq.zmq_poll([(self._socket, zmq.POLLIN), (self._monitor, zmq.POLLIN)], milliseconds))
+            if self._monitor not in ready:
+                return bool(ready)
+            event = parse_monitor_message(self._monitor.recv_multipart())
+            error = failed_handshake(event["event"], event["value"], self.endpoint, self._credentials)
+            if error is not None:
+                raise error
+
     def _unanswered(self) -> Unanswered:
-        return Unanswered(f"no answer from {self.endpoint} within {self._timeout_seconds:g} s")
+        text = f"no answer from {self.endpoint} within {self._timeout_seconds:g} s"
+        if not self._was_welcome:
+            # Whoever of the two reads the other's greeting first hangs up; where that is the daemon we can only guess.
+            keys = "does it want keys (--key, --server-key)" if self._credentials is None else "does it take these keys"
+            text += f"; is a daemon there, and {keys}?"
+        return Unanswered(text)
 
 
 def _error(header: wire.Header, payload: memoryview) -> Refused:

@@ -35,7 +35,8 @@ class Stamp(msgspec.Struct, frozen=True):
 
     def difference(self, other: "Stamp") -> str | None:
         """The first thing in which a stored stamp differs from this one, in words."""
-        for name, what in (("state_hash", "weights"), ("runtime", "runtime"), ("device", "device")):
+        weights = "weights (by their state hash, see 'recurd inspect')"
+        for name, what in (("state_hash", weights), ("runtime", "runtime"), ("device", "device")):
             mine, theirs = getattr(self, name), getattr(other, name)
             if mine != theirs:
                 return f"{what} {theirs[:20]} then, {mine[:20]} now"

@@ -215,14 +215,31 @@ class Server:
         return ExitCode.OK
 
     def _announce(self) -> None:
+        self._warn()
         self._health.progress(time.monotonic())
         self._health.phase = Phase.READY
         addresses = ",".join(self.endpoints)
         published = ",".join(self._publisher.endpoints) if self._publisher is not None else "off"
         metrics = "off" if self._http is None else "{}:{}".format(*self._http.address)
         models = self._reload.names
-        self._log.info("ready", bind=addresses, publish=published, metrics=metrics, models=",".join(models))
+        self._log.info(
+            "ready",
+            bind=addresses,
+            publish=published,
+            metrics=metrics,
+            durability=self._config.durability.mode,
+            models=",".join(models),
+        )
         self._notifier.ready(f"serving {', '.join(models)} at {addresses}, metrics at {metrics}")
+
+    def _warn(self) -> None:
+        """Say what is allowed, and hardly meant."""
+        durability = self._config.durability
+        if durability.directory and durability.mode == "off":
+            self._log.warning("journal_unused", directory=durability.directory, reason="durability.mode is off")
+        if self._gate is not None and not self._tenants.users and all(map(is_tcp, self.endpoints)):
+            reason = "no key is let in: name a folder of them (auth.clients), or a tenant's"
+            self._log.warning("nobody_may_connect", reason=reason)
 
     def _wait(self) -> None:
         """Sleep until there is a frame, a signal, or something due."""
@@ -346,12 +363,14 @@ class Server:
         self._engine.rights_changed()
         if self._publisher is not None:
             self._publisher.rights_changed(self._poller)
-        self._log.info("configuration_read", taken="tenants, auth, models, reload")
+        waiting = config.changed(self._config, settings, {"models", "tenants", "auth", "reload"})
+        self._log.info("configuration_read", taken="tenants, auth, models, reload", needs_start=",".join(waiting))
         try:
             # Everything else is as it was at the start.
             self._reload.ask(
                 structs.replace(self._config, models=settings.models, slots=settings.slots, reload=settings.reload),
                 request,
+                waiting,
             )
         except Refused as refusal:
             assert request is not None  # it was the request that could not be read

@@ -16,10 +16,8 @@ from recurd.errors import RecurdError, Refused, Unanswered
 from recurd.interface import check_endpoint
 from recurd.keepalive import keepalive
 from recurd.keys import read_credentials
-from recurd.link import KEEPALIVE_SECONDS, MAX_FRAME_BYTES, failed_handshake
+from recurd.link import HANDSHAKE_EVENTS, KEEPALIVE_SECONDS, MAX_FRAME_BYTES, failed_handshake
 from recurd.signature import Result, Signature
-
-_EVENTS = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +67,7 @@ class Subscriber:
             self._socket.setsockopt(option, value)
         for topic in topics:
             self._socket.subscribe(topic[:-1] if topic.endswith("*") else topic + "\0")
-        self._monitor = self._socket.get_monitor_socket(_EVENTS)
+        self._monitor = self._socket.get_monitor_socket(HANDSHAKE_EVENTS)
         self._socket.connect(endpoint)
 
     def __iter__(self) -> Iterator[Publication]:

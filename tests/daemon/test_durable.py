@@ -745,7 +745,7 @@ def test_a_data_file_of_before_is_found_out_by_the_number_of_commits(model: Mode
         caller.run(chunk(caller.handle("e"), 1, draw(1, 6)))
     data.write_bytes(before)
 
-    with pytest.raises(JournalError, match=r"[0-9]+ commits were made, and it stands after [0-9]+ of them"):
+    with pytest.raises(JournalError, match=r"[0-9]+ commits were made, and data\.mdb stands after [0-9]+ of them"):
         Daemon(tmp_path, model)
 
     (tmp_path / "journal" / "recurd.lock").unlink()

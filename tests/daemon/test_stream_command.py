@@ -13,8 +13,10 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 import recurd
+from recurd.cli import main
 from recurd.cli.rows import InputError, PredictionWriter, reader
 from recurd.signature import Head, Signature
 
@@ -246,8 +248,32 @@ def test_a_full_disk_is_told_with_the_lines_that_were_answered(daemon: Any) -> N
     with Path("/dev/full").open("wb") as full:
         pipes: dict[str, Any] = {"input": b"flow\n1\n", "stdout": full, "stderr": subprocess.PIPE}
         result = subprocess.run(command(daemon, "full"), timeout=60, check=False, **pipes)
-    sentence = b"recurd: the predictions cannot be written: No space left on device; no row was answered\n"
-    assert (result.stderr, result.returncode) == (sentence, 1)
+        sentence = b"recurd: the predictions cannot be written: No space left on device; no row was sent\n"
+        assert (result.stderr, result.returncode) == (sentence, 1)
+
+        # without a header they have run by the time that it is found out
+        headless = command(daemon, "full", "--no-header")
+        result = subprocess.run(headless, timeout=60, check=False, **pipes | {"input": b"1\n1\n1\n"})
+    assert result.stderr.endswith(b"; rows up to line 3 were sent, and the stream goes on behind them\n")
+    assert run(headless, "1\n").stdout == "4.0\n"
+
+
+def test_one_is_told_that_a_stream_begins_afresh_or_has_it_refused(daemon: Any) -> None:
+    gone = run(command(daemon, "resumed", "--resume"), "flow\n1\n")
+    assert (gone.returncode, "there is no stream 'resumed' to resume" in gone.stderr) == (1, True)
+    assert run(command(daemon, "resumed", "--no-header"), "1\n").stderr == ""
+    assert run(command(daemon, "resumed", "--no-header", "--resume", "--close"), "1\n").stdout == "2.0\n"
+    again = run(command(daemon, "resumed", "--no-header"), "1\n")
+    assert (again.stdout, "stream 'resumed' begins afresh" in again.stderr) == ("1.0\n", True)
+    both = run(command(daemon, "resumed", "--reset", "--resume"))
+    assert (both.returncode, "--reset starts afresh" in both.stderr) == (2, True)
+
+
+@pytest.mark.parametrize("seconds", ["nan", "inf", "-1", "0", "soon"])
+@pytest.mark.parametrize("line", [["stream", "--stream", "s"], ["reload"], ["bench"], ["drain", "--cancel"]])
+def test_a_time_out_is_a_finite_number_of_seconds(line: list[str], seconds: str) -> None:
+    result = CliRunner().invoke(main, [*line, "--timeout", seconds])
+    assert (result.exit_code, "'--timeout'" in result.stderr) == (2, True)
 
 
 @pytest.mark.parametrize(

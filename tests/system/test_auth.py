@@ -3,6 +3,7 @@
 import asyncio
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -147,6 +148,33 @@ def test_the_commands_take_keys_too(daemon: Process, home: House, monkeypatch: p
     new("stranger-2", home.folder)
     result = CliRunner().invoke(main, ["bench", *to, *few])
     assert (result.exit_code, "does not know this client's key" in result.stderr) == (1, True)
+
+
+@pytest.mark.parametrize("command", [["reload"], ["drain", "--cancel"], ["state", "export", "x"], ["bench"]])
+def test_the_commands_say_that_keys_are_missing_or_too_many(
+    daemon: Process, home: House, pump: Path, tmp_path: Path, command: list[str]
+) -> None:
+    missing = CliRunner().invoke(main, [*command, "--endpoint", daemon.endpoint, "--timeout", "2"])
+    assert missing.exit_code in (1, ExitCode.DEVICE)
+    assert "give key and server_key (--key" in missing.stderr or "want keys (--key" in missing.stderr
+    stranger = tmp_path / "stranger.key_secret"
+    new("stranger", tmp_path)
+    flags = ["--key", str(stranger), "--server-key", str(home.folder / "server.key"), "--timeout", "20"]
+    begin = time.monotonic()
+    unknown = CliRunner().invoke(main, [*command, "--endpoint", daemon.endpoint, *flags])
+    assert (unknown.exit_code, "does not know this client's key" in unknown.stderr) == (1, True)
+    assert time.monotonic() - begin < 15
+
+
+def test_a_daemon_that_lets_nobody_in_says_so_at_its_start(house: House) -> None:
+    (house.folder / "recurd.toml").write_text(
+        '[auth]\nkey = "server.key_secret"\n[durability]\ndirectory = "streams"\n'
+    )
+    with Process(house.folder, house._pump, "--config", house.folder / "recurd.toml", "--metrics", "") as daemon:
+        daemon.ready()
+        assert "event=nobody_may_connect" in daemon.log
+        assert "event=journal_unused" in daemon.log
+        assert "durability=off" in daemon.log
 
 
 # --- apart from each other ---

@@ -173,6 +173,8 @@ def test_clients_follow_two_hundred_streams_and_every_bit_is_as_if_nothing_had_h
         assert (late.last_seq, client.endpoint) == (1, there.endpoint)
         client.open("new", model="pump")
     assert "new" in streams_of(there.endpoint, tmp_path)
+    cancelled = subprocess.check_output(command("drain", "--endpoint", here.endpoint, "--cancel", "--json"))
+    assert json.loads(cancelled) == {"endpoint": here.endpoint, "takes_streams": True, "streams": 0}
     assert here.stop(signal.SIGTERM) == 0
 
 

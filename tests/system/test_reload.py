@@ -500,6 +500,21 @@ def test_other_slots_are_no_matter_of_a_reload(tmp_path: Path) -> None:
         assert "slots: 10 at the start, 20 now" in reload(tmp_path).stdout
 
 
+def test_what_takes_a_new_start_is_told(tmp_path: Path) -> None:
+    put(OLD, tmp_path / "pump.onnx")
+    configuration = tmp_path / "recurd.toml"
+    configuration.write_text('[[models]]\npath = "pump.onnx"\n')
+    with Process(tmp_path, "--config", configuration, "--bind", f"ipc://{tmp_path}/socket", "--metrics", "") as daemon:
+        daemon.ready()
+        assert reload(tmp_path).stdout == "pump: unchanged\n"
+        configuration.write_text(
+            'threads = 2\n[[models]]\npath = "pump.onnx"\n[limits]\nstreams = 7\n[tenants.local]\n'
+        )
+        told = reload(tmp_path).stdout
+        assert told == "pump: unchanged\nchanged, and taken at the next start only: limits.streams\n"
+        assert "needs_start=limits.streams" in daemon.log
+
+
 def spoil(folder: Path, kind: str) -> str:
     """Make the file one that must not be served; what the daemon says of it."""
     path = folder / "pump.onnx"

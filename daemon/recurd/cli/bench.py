@@ -10,8 +10,8 @@ from typing import Any
 import click
 import msgspec
 
-from recurd import child, load
-from recurd.cli.endpoint import check_keys, checked, with_keys
+from recurd import child, load, wire
+from recurd.cli.endpoint import SECONDS, check_keys, checked, with_keys
 from recurd.client import connect
 from recurd.errors import ExitCode
 from recurd.keys import read_credentials
@@ -40,17 +40,17 @@ answer, 77 a key file is not good, 130 interrupted; those of 'recurd serve' when
 @click.option("--streams", type=click.IntRange(1, 1_000_000), default=256, show_default=True)
 @click.option("--chunk-steps", type=click.IntRange(1), default=16, show_default=True, help="Time steps a chunk.")
 @click.option(
-    "--records", type=click.IntRange(1, 65_536), default=1, show_default=True, help="Chunks a frame, at most."
+    "--records", type=click.IntRange(1, wire.MAX_RECORDS), default=1, show_default=True, help="Chunks a frame, at most."
 )
 @click.option("--connections", type=click.IntRange(1, 1024), default=1, show_default=True)
 @click.option(
     "--rate", type=click.FloatRange(0, min_open=True), help="Chunks per second of all streams.  [closed loop]"
 )
-@click.option("--seconds", type=click.FloatRange(0, min_open=True), default=10.0, show_default=True, help="Measured.")
+@click.option("--seconds", type=SECONDS, default=10.0, show_default=True, help="Measured.")
 @click.option(
     "--warm-up-seconds", type=click.FloatRange(0), default=2.0, show_default=True, help="Before, not measured."
 )
-@click.option("--timeout", type=click.FloatRange(0, min_open=True), default=10.0, show_default=True, help="In seconds.")
+@click.option("--timeout", type=SECONDS, default=10.0, show_default=True, help="In seconds.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the random input.")
 @click.option("--device", help="Of the daemon started here, as in 'recurd serve'.  [auto]")
 @click.option("--threads", type=click.IntRange(0), help="Of the daemon started here.  [0]")
@@ -73,12 +73,13 @@ def bench(
 ) -> None:
     """Measure throughput and latency of MODEL.onnx served by a daemon of its own, or of a running one (--endpoint)."""
     if (file is None) == (endpoint is None):
-        raise click.UsageError("name a model file to serve here, or a running daemon with --endpoint")
+        both = "not both" if file is not None else "one of them"
+        raise click.UsageError(f"name a model file to serve here, or a running daemon with --endpoint: {both}")
     if endpoint is not None and not (device is None and threads is None and config is None):
         raise click.UsageError("--device, --threads and --config are for a daemon started here, not for --endpoint")
     check_keys(key, server_key)
-    if endpoint is not None and key is not None:
-        # The load generator heals and explains nothing: what is wrong with a key is told here.
+    if endpoint is not None:
+        # The load generator heals and explains nothing: what is wrong with an address or a key is told here.
         connect(endpoint, timeout_seconds=timeout, key=key, server_key=server_key).close()
     serve = ["--slots", str(options["streams"])]
     for name, value in (("device", device), ("threads", threads), ("config", config)):
@@ -108,7 +109,7 @@ def _bar() -> Iterator[load.Progress | None]:
 
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("loading", total=1.0)
+        task = bar.add_task("measuring", total=1.0)
         yield lambda fraction: bar.update(task, completed=fraction)
 
 

@@ -3,7 +3,7 @@
 import click
 import msgspec
 
-from recurd.cli.endpoint import check_keys, checked, with_keys
+from recurd.cli.endpoint import SECONDS, check_keys, checked, with_keys
 from recurd.drain import Drain, Report, bar
 from recurd.errors import ExitCode, RecurdError, Unanswered
 from recurd.keys import read_credentials
@@ -20,7 +20,7 @@ and nothing runs twice. The daemon that is drained goes on running, without stre
 stop it when its clients know the other address. Ctrl-C stops between two groups of streams; run it again to go on.
 \b
 Exit codes: 0 all streams have moved, 1 not all of them (the sentence says why; each is served by one of the two),
-69 no daemon or no answer, 130 interrupted.
+69 no daemon or no answer, 77 a key file is not good, 130 interrupted.
 """
 
 
@@ -33,7 +33,7 @@ Exit codes: 0 all streams have moved, 1 not all of them (the sentence says why; 
 @click.option("--to-server-key", help="Public key of the daemon that takes them, or its .key file.  [--server-key]")
 @click.option("--accept-drift", is_flag=True, help="Go on with other weights, another runtime or device there.")
 @click.option("--cancel", is_flag=True, help="Let a daemon that was drained take new streams again.")
-@click.option("--timeout", type=click.FloatRange(0, min_open=True), default=60.0, show_default=True, help="In seconds.")
+@click.option("--timeout", type=SECONDS, default=60.0, show_default=True, help="In seconds.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.pass_context
 def drain(
@@ -59,8 +59,9 @@ def drain(
     credentials = read_credentials(key, server_key)
     with Remote(endpoint, timeout, credentials) as source:
         if to is None:
-            source.ask("redirect")
-            click.echo(f"{endpoint} takes new streams again")
+            left = source.ask("redirect")[0]["left"]
+            cancelled = msgspec.json.encode({"endpoint": endpoint, "takes_streams": True, "streams": left}).decode()
+            click.echo(cancelled if as_json else f"{endpoint} takes new streams again")
             return
         theirs = read_credentials(key, to_server_key or server_key)
         try:

@@ -1,5 +1,6 @@
 """The options ``--endpoint``, ``--key`` and ``--server-key``, as every command that talks to a daemon takes them."""
 
+import math
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -9,6 +10,22 @@ from recurd.errors import RecurdError
 from recurd.interface import check_endpoint
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+class _Seconds(click.FloatRange):
+    """A time to wait."""
+
+    name = "seconds"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """As :class:`click.FloatRange`, which takes ``nan`` for a number between others."""
+        seconds: float = super().convert(value, param, ctx)
+        if not math.isfinite(seconds):
+            self.fail(f"{seconds} is no time to wait.", param, ctx)
+        return seconds
+
+
+SECONDS = _Seconds(0, min_open=True)
 
 
 def with_keys(command: Command) -> Command:

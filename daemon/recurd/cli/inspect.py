@@ -54,6 +54,7 @@ def rows(contract: Contract) -> Iterator[tuple[str, str]]:
     versions = ", ".join(f"{name} {version}".rstrip() for name, version in contract.source.versions.items())
     yield "source", f"{contract.source.model or contract.source.framework} ({versions})"
     yield "weights", f"sha256 {contract.weights_sha256}"
+    yield "state hash", contract.state_hash
     if contract.proof is None:
         yield "proof", "none"
         return

@@ -26,6 +26,10 @@ _READ_BYTES = 65_536
 _MAX_PENDING = 64
 
 
+class _Unwritten(RecurdError):
+    """The predictions cannot be written; the text says how far the stream went."""
+
+
 class _Pending(NamedTuple):
     """A chunk on its way, and where its rows stood."""
 
@@ -71,6 +75,8 @@ class Pump:
         self._pending: deque[_Pending] = deque()
         #: Line of the last row whose prediction was printed; 0 before the first.
         self._answered = 0
+        #: And of the last row that was sent.
+        self._sent = 0
         #: Why reading ended early.
         self._trouble: RecurdError | None = None
 
@@ -97,9 +103,11 @@ class Pump:
                     advance(self._read())
                 self._collect()
                 self._send()
+        except _Unwritten:
+            raise
         except Unanswered as error:
             raise Unanswered(f"{error}; {self._place()}") from error
-        except RecurdError as error:  # the state is lost, or the predictions cannot be written
+        except RecurdError as error:  # the state is lost
             raise RecurdError(f"{error}; {self._place()}") from error
         if self._trouble is not None:
             raise self._placed(self._trouble)
@@ -196,6 +204,7 @@ class Pump:
         )
         self._pending.append(_Pending(future, self._first_line, self._last_line, time.monotonic()))
         future.add_done_callback(self._wake)
+        self._sent = self._last_line
         self._rows = []
         self._first_line = 0
 
@@ -226,7 +235,9 @@ class Pump:
             raise
         except OSError as error:
             discard_output()
-            raise RecurdError(f"the predictions cannot be written: {error.strerror}") from error
+            gone = f"rows up to line {self._sent} were sent, and the stream goes on behind them"
+            text = f"the predictions cannot be written: {error.strerror}; {gone if self._sent else 'no row was sent'}"
+            raise _Unwritten(text) from error
 
 
 def _lines(pending: _Pending) -> str:

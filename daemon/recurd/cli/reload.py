@@ -7,7 +7,7 @@ from typing import Any
 import click
 import msgspec
 
-from recurd.cli.endpoint import check_keys, checked, with_keys
+from recurd.cli.endpoint import SECONDS, check_keys, checked, with_keys
 from recurd.errors import ExitCode
 from recurd.keys import read_credentials
 from recurd.remote import Remote
@@ -17,8 +17,9 @@ Examples:
   recurd reload
   recurd reload --endpoint ipc:///run/recurd/recurd.sock --incompatible restart --json
 \b
-Exit codes: 0 every file is served, 65 one is not (the former one serves on), 69 no daemon answered, 1 it refused (the
-right 'admin' is missing, or its configuration cannot be read; then nothing has changed).
+Exit codes: 0 every file is served, 65 one is not (the former one serves on), 69 no daemon answered (within 10 s), 1 it
+refused (the right 'admin' is missing, or its configuration cannot be read; then nothing has changed), 77 a key file is
+not good, 130 interrupted (the daemon goes on reloading).
 """
 #: Time for the daemon to say that it is there.
 _GREETING_SECONDS = 10.0
@@ -34,7 +35,7 @@ _GREETING_SECONDS = 10.0
     help="Streams that a new file cannot go on with finish on the former one, or end.  [as configured]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-@click.option("--timeout", default=300.0, show_default=True, help="Seconds to wait until all is loaded.")
+@click.option("--timeout", type=SECONDS, default=300.0, show_default=True, help="Seconds to wait until all is loaded.")
 @with_keys
 @click.pass_context
 def reload(
@@ -59,6 +60,8 @@ def reload(
             click.echo(_sentence(model))
         if report["former_ending"]:
             click.echo(f"{report['former_ending']} streams of versions replaced before end")
+        if report["needs_start"]:
+            click.echo(f"changed, and taken at the next start only: {', '.join(report['needs_start'])}")
     if any(model["outcome"] == "failed" for model in report["models"]):
         ctx.exit(ExitCode.CONTRACT)
 

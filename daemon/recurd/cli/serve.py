@@ -18,7 +18,7 @@ Examples:
 \b
 Exit codes: 0 stopped as asked, 65 a model file is not good, 69 no such device, 71 the device has gone, 74 the journal
 cannot be gone on with, 75 an address cannot be bound, 77 a key file is not good or it cannot be made sure who may
-connect, 78 the configuration is wrong.
+connect, 78 the configuration is wrong, 130 interrupted while it started.
 """
 
 
@@ -45,7 +45,8 @@ connect, 78 the configuration is wrong.
 @click.option("--check", is_flag=True, help="Check configuration, key and model files, and exit.")
 @click.pass_context
 def serve(ctx: click.Context, /, check: bool, **flags: Any) -> None:
-    """Serve MODELS (files written by 'recurd export') to live streams until SIGTERM or Ctrl-C.
+    """Serve MODELS (files written by 'recurd export') to live streams until SIGTERM or Ctrl-C (a second one drops what
+    is still to be run).
 
     Every other bound and time-out is a key of the configuration file. SIGHUP reads it again: tenants change at once.
     """

@@ -7,8 +7,9 @@ from pathlib import Path
 import click
 import msgspec
 
-from recurd.cli.endpoint import check_keys, checked, with_keys
+from recurd.cli.endpoint import SECONDS, check_keys, checked, with_keys
 from recurd.drain import bar, pages
+from recurd.errors import RecurdError
 from recurd.keys import read_credentials
 from recurd.remote import Remote
 from recurd.saving import ModelStamp, Parcel
@@ -29,7 +30,8 @@ Examples:
 Streams go on while they are copied: each stands in the file between two of its chunks, with the results that its
 client has not acknowledged. The file holds what streams have learned of their data: keep it as you keep the data.
 
-Exit codes: 0 done, 1 the daemon refused, 65 the file cannot be written, 69 no daemon or no answer.
+Exit codes: 0 done, 1 the daemon refused, 65 the file cannot be written, 69 no daemon or no answer, 77 a key file
+is not good, 130 interrupted.
 """
 IMPORT_EPILOG = """\b
 Examples:
@@ -39,14 +41,13 @@ Examples:
 All streams of the file, or none. A stream that is there already as it stands in the file stays; one of the same name
 that is not is an error. A client that had the stream resumes it there.
 \b
-Exit codes: 0 done, 1 the daemon does not take them, 65 not a file of streams, 69 no daemon or no answer.
+Exit codes: 0 done, 1 the daemon does not take them, 65 not a file of streams, 69 no daemon or no answer, 77 a key file
+is not good, 130 interrupted.
 """
 _ENDPOINT = click.option(
     "--endpoint", default="tcp://127.0.0.1:7070", show_default=True, callback=checked, help="The daemon's address."
 )
-_TIMEOUT = click.option(
-    "--timeout", type=click.FloatRange(0, min_open=True), default=60.0, show_default=True, help="In seconds."
-)
+_TIMEOUT = click.option("--timeout", type=SECONDS, default=60.0, show_default=True, help="In seconds.")
 #: What a stream takes in a page besides its state and its answers.
 _MARGIN_BYTES = 65_536
 #: Streams of a message: a daemon's other clients wait while it takes one in.
@@ -83,6 +84,8 @@ def export(
     id = secrets.token_hex(8)
     with Remote(endpoint, timeout, read_credentials(key, server_key)) as daemon, bar("copying streams") as progress:
         report, _ = daemon.ask("gather", group=id, model=model, stream=stream, tenant=tenant)
+        if model is not None and model not in daemon.welcome.models and not report["streams"]:
+            raise RecurdError(f"there is no model '{model}' at {endpoint}, only {', '.join(daemon.welcome.models)}")
         parcels: list[Parcel] = []
         if report["streams"]:
             for data in pages(daemon, id, daemon.welcome.max_message_bytes - _MARGIN_BYTES, timeout):

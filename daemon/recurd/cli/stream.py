@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 import click
 
 from recurd import wire
-from recurd.cli.endpoint import check_keys, checked, with_keys
+from recurd.cli.endpoint import SECONDS, check_keys, checked, with_keys
 from recurd.cli.output import discard_output
 from recurd.cli.pump import Pump
 from recurd.cli.rows import Format, InputError, PredictionWriter, reader
@@ -30,10 +30,12 @@ Examples:
 The first row of CSV names the columns, in any order; where the model's contract names its features the two are
 held against each other. JSON lines are objects by feature name or arrays, one a step.
 Rows are sent as they come, at most --chunk-steps at once (exactly so many for models whose results depend on
-where a chunk ends). The stream's state is kept by the daemon: the next call goes on where this one ended.
+where a chunk ends). The stream's state is kept by the daemon: the next call goes on where this one ended, or begins
+afresh where there is no such stream (any more); with --resume that is an error.
 Close a stream that is done with (--close), or the daemon keeps its state until the idle time-out.
 \b
-Exit codes: 0 all rows were answered, 1 the daemon refused a row or lost the state, or the predictions cannot be
+Exit codes: 0 all rows were answered (but those that --expires left out, and those after the end of whoever reads the
+predictions), 1 the daemon refused a row or lost the state, or the predictions cannot be
 written, 2 wrong usage, 65 a row cannot be read, 69 no daemon or no answer, 77 a
 key file is not good, 130 interrupted.
 """
@@ -58,10 +60,11 @@ key file is not good, 130 interrupted.
     help="Seconds rows may wait to be run; those that are late are left out, and said so on standard error.",
 )
 @click.option("--reset", is_flag=True, help="Start from the initial state, not where the stream stood.")
+@click.option("--resume", is_flag=True, help="Only go on with a stream that is there; one that is gone is an error.")
 @click.option("--close", is_flag=True, help="Close the stream at the end of input; its state is dropped.")
 @click.option("--no-header", is_flag=True, help="CSV without a row of names, in and out.")
 @click.option("--ignore-extra", is_flag=True, help="Leave out columns the model does not know.")
-@click.option("--timeout", default=30.0, show_default=True, help="Seconds to wait for the daemon.")
+@click.option("--timeout", type=SECONDS, default=30.0, show_default=True, help="Seconds to wait for the daemon.")
 @click.pass_context
 def stream(ctx: click.Context, /, file: Path | None, format: Format | None, **options: Any) -> None:
     """Send rows of FILE (or standard input) to a stream and print the predictions.
@@ -96,6 +99,7 @@ def _stream(
     chunk_steps: int,
     expires: float | None,
     reset: bool,
+    resume: bool,
     close: bool,
     no_header: bool,
     ignore_extra: bool,
@@ -103,8 +107,10 @@ def _stream(
 ) -> None:
     """The whole of it. Raises :class:`RecurdError`, click.UsageError and BrokenPipeError."""
     check_keys(key, server_key)
+    if reset and resume:
+        raise click.UsageError("--reset starts afresh and --resume does not: give one of them")
     with _connected(endpoint, timeout, key, server_key) as client, _opened(file) as source:
-        opened = _open(client, name, model, reset=reset)
+        opened = _open(client, name, model, reset=reset, resume=resume)
         signature = opened.signature
         pump = Pump(
             opened,
@@ -135,13 +141,15 @@ def _connected(endpoint: str, timeout_seconds: float, key: str | None, server_ke
         told.cancel()
 
 
-def _open(client: Client, name: str, model: str | None, *, reset: bool) -> Stream:
+def _open(client: Client, name: str, model: str | None, *, reset: bool, resume: bool) -> Stream:
     if model is None and len(client.models) > 1:
         names = ", ".join(sorted(client.models))
         raise click.UsageError(f"the daemon serves several models; name one with --model: {names}")
-    opened = client.open(name, model=model)
+    opened = client.open(name, model=model, mode="resume" if resume else "auto")
     if reset and not opened.fresh:
         opened.reset()
+    elif not reset and opened.fresh and opened.generation > 1:
+        click.echo(f"recurd: stream '{name}' begins afresh: what there was before was reset or has ended", err=True)
     return opened
 
 

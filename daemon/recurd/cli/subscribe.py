@@ -5,7 +5,7 @@ from typing import Any
 import click
 import msgspec
 
-from recurd.cli.endpoint import check_keys, checked, with_keys
+from recurd.cli.endpoint import SECONDS, check_keys, checked, with_keys
 from recurd.cli.output import discard_output
 from recurd.subscriber import Publication, subscribe
 
@@ -28,9 +28,7 @@ good, 130 interrupted.
 @click.argument("topics", nargs=-1, required=True)
 @with_keys
 @click.option("--count", type=click.IntRange(1), help="Stop after so many results.  [never]")
-@click.option(
-    "--timeout", type=click.FloatRange(0, min_open=True), help="Longest wait for one, in seconds.  [for ever]"
-)
+@click.option("--timeout", type=SECONDS, help="Longest wait for one, in seconds.  [for ever]")
 def command(
     endpoint: str,
     topics: tuple[str, ...],
