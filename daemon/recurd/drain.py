@@ -64,24 +64,23 @@ class Drain:
         self._progress = progress or _ignore
         self._page_bytes = min(source.welcome.max_message_bytes, target.welcome.max_message_bytes) - 65_536
         self._moved = self._groups = self._settled = 0
+        self._longest = 0.0
         # Streams of the group that is on its way.
         self._leaving = 0
-        self._longest = 0.0
 
     def run(self) -> Report:
         """Move until nothing is left. Raises :class:`DrainError`, :class:`Refused` or :class:`Unanswered`."""
         if self._source.welcome.epoch == self._target.welcome.epoch:
             raise DrainError(f"{self._source.endpoint} and {self._target.endpoint} are the same daemon")
         begin = self._advanced_at = time.monotonic()
-        self._settle_former()
-        self._target.ask("redirect")  # where it was drained itself before: it takes streams again
-        while not self._is_empty():
-            id = secrets.token_hex(8)
-            try:
-                self._move(id)
-            except BaseException as error:
-                self._give_up(id, error)
-                raise
+        try:
+            self._settle_former()
+            self._target.ask("redirect")  # where it was drained itself before: it takes streams again
+            while not self._is_empty():
+                self._move(secrets.token_hex(8))
+        except BaseException as error:
+            error.add_note(f"{self._moved + self._settled} streams have moved to {self._target.endpoint}")
+            raise
         return Report(
             streams=self._moved,
             groups=self._groups,
@@ -106,8 +105,19 @@ class Drain:
                 self._target.ask("drop", group=id)
 
     def _move(self, id: str) -> None:
+        """Move the next group, or wait for others to."""
         begin = time.monotonic()
         self._leaving = 0
+        try:
+            self._move_group(id)
+        except BaseException as error:
+            self._give_up(id, error)
+            raise
+        if self._leaving:
+            self._longest = max(self._longest, time.monotonic() - begin)
+            self._advanced_at = time.monotonic()
+
+    def _move_group(self, id: str) -> None:
         report, _ = self._source.ask("gather", group=id, fence=True, limit=GROUP_STREAMS)
         self._leaving = report["streams"]
         if not self._leaving:
@@ -122,16 +132,14 @@ class Drain:
             raise DrainError(
                 f"{self._source.endpoint} has taken its streams back: nothing was heard of us for too long"
             )
-        self._target.ask("admit", group=id)
-        self._longest = max(self._longest, time.monotonic() - begin)
-        self._advanced_at = time.monotonic()
-        self._count()
+        self._admit(id)
 
-    def _count(self) -> None:
-        """The group that was on its way is the target's."""
-        self._moved += self._leaving
+    def _admit(self, id: str) -> None:
+        """A group is the target's from now on."""
+        admitted, _ = self._target.ask("admit", group=id)
+        # Asked again, because the first answer was lost, it admits none.
+        self._moved += admitted["streams"] or self._leaving
         self._groups += 1
-        self._leaving = 0
 
     def _import(self, id: str, data: bytes | memoryview, stamps: Any) -> None:
         try:
@@ -152,15 +160,12 @@ class Drain:
         """Whoever is to have the group has it: as the source says, and if it does not answer, nobody decides."""
         try:
             fate = self._source.ask("lift", group=id)[0]["fate"]
-            self._target.ask("admit" if fate == "released" else "drop", group=id)
             if fate == "released":
-                self._count()
+                self._admit(id)
+            else:
+                self._target.ask("drop", group=id)
         except (RecurdError, OSError) as trouble:
-            error.add_note(f"the last group, of {self._leaving} streams, is not decided about ({trouble}): drain again")
-        error.add_note(
-            f"{self._moved + self._settled} streams have moved to {self._target.endpoint}; the others are still at "
-            f"{self._source.endpoint}"
-        )
+            error.add_note(f"the last group is not decided about ({trouble}): the next drain does that, and counts it")
 
 
 def pages(source: Remote, id: str, page_bytes: int, timeout_seconds: float) -> Iterator[memoryview]:

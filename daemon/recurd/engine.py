@@ -170,6 +170,7 @@ class Engine:
                 self._on_other(header, payload, peer, now)
         except (Refused, Broken) as error:
             self._outbox.send_error(peer, header, error)
+            error.__traceback__ = None  # it may be kept to be told again, and must not keep the frame
         except StartError:
             raise  # a state that cannot be read, in the journal or on the device: nothing can be gone on with
         except Exception:

@@ -12,7 +12,7 @@ The store is a folder with an LMDB environment of four tables: ``meta`` (format,
 
 LMDB trusts what it reads. So every value starts with the CRC-32 of its key and itself, and the number of commits stands
 in ``recurd.lock`` too: damage to the page that names the last transaction would make LMDB go on from the one before it
-without a word. ``python -m recurd.journal FOLDER`` reads a whole store and says what is wrong with it.
+without a word. ``python -m recurd.journal FOLDER`` reads a whole store, commits once, and says what is wrong with it.
 """
 
 import contextlib
@@ -370,7 +370,10 @@ def _noted(folder: Path) -> int:
     except FileNotFoundError:
         return 0  # data.mdb was taken elsewhere without it
     if note and not (len(note) == _NOTE_DIGITS + 1 and note[:-1].isdigit()):
-        raise JournalError(f"{folder}: the journal is damaged: recurd.lock holds no number of commits")
+        raise JournalError(
+            f"{folder}: the journal is damaged: recurd.lock holds no number of commits; to go on from data.mdb "
+            "as it is, delete recurd.lock"
+        )
     return int(note or 0)
 
 
@@ -405,7 +408,10 @@ def check(folder: Path) -> None:
     data = folder / "data.mdb"
     if not data.exists():
         if _noted(folder):
-            raise JournalError(f"{folder}: the journal is damaged: there is a recurd.lock, and no data.mdb")
+            raise JournalError(
+                f"{folder}: the journal is damaged: there is a recurd.lock, and no data.mdb; to begin without streams, "
+                "delete recurd.lock"
+            )
         return
     if not data.stat().st_size:
         raise JournalError(f"{folder}: the journal is damaged: data.mdb is empty")
@@ -433,14 +439,26 @@ def _read_through(folder: Path) -> None:
             if transaction.get(_FORMAT_KEY, db=meta) not in (None, _pack(_FORMAT_KEY, _FORMAT)):
                 return  # it has other tables; whoever opens it says so
         _read_tables(env, noted)
-        # Only a commit shows whether the free pages are right, and the room within those that every commit changes.
-        with env.begin(write=True) as transaction:
-            transaction.put(*_entry(_FORMAT_KEY, _FORMAT), db=env.open_db(b"meta", txn=transaction))
+        _commit_once(env, folder)
         _read_tables(env, noted)
     except lmdb.NotFoundError as error:
         raise JournalError("the journal is damaged: a table is missing") from error
     except lmdb.Error as error:
         raise JournalError(f"the journal is damaged: {_words(error)}") from error
+
+
+def _commit_once(env: lmdb.Environment, folder: Path) -> None:
+    """Only a commit shows whether the free pages are right, and the room within those that every commit changes.
+
+    Raises ``lmdb.Error`` when they are not, and :class:`JournalError` when the disk is full, or does not work.
+    """
+    try:
+        with env.begin(write=True) as transaction:
+            transaction.put(*_entry(_FORMAT_KEY, _FORMAT), db=env.open_db(b"meta", txn=transaction))
+    except lmdb.Error as error:
+        if type(error) in (lmdb.Error, lmdb.DiskError):  # the system's errors; those of a store have a class each
+            raise JournalError(f"{folder}: cannot be written: {_words(error)}") from error
+        raise
 
 
 def _read_tables(env: lmdb.Environment, noted: int) -> None:

@@ -40,6 +40,9 @@ class StreamState(dict[str, Array]):
     def __or__(self, other: Mapping[str, Array]) -> "StreamState":  # type: ignore[override]  # it stays what it is
         return StreamState({**self, **other}, state_hash=self.state_hash)
 
+    def __ror__(self, other: Mapping[str, Array]) -> "StreamState":  # type: ignore[override]  # likewise
+        return StreamState({**other, **self}, state_hash=self.state_hash)
+
 
 class State(Protocol):
     """What is needed of a state (:class:`recurd.contract.State`, or a client's notion of it)."""
@@ -85,9 +88,13 @@ class Layout:
         """A row as a payload."""
         return self._hash + row
 
+    def is_ours(self, payload: wire.Buffer) -> bool:
+        """Whether a payload begins with the state hash of this model."""
+        return payload[:HASH_BYTES] == self._hash
+
     def unpack(self, payload: wire.Buffer) -> wire.Buffer:
         """The row of a payload. Raises :class:`Refused` (``state_mismatch``) for that of another model."""
-        if len(payload) >= HASH_BYTES and payload[:HASH_BYTES] != self._hash:
+        if len(payload) >= HASH_BYTES and not self.is_ours(payload):
             raise _mismatch(bytes(payload[:HASH_BYTES]).hex(), self.state_hash)
         if len(payload) != HASH_BYTES + self.row_bytes:
             raise Refused(

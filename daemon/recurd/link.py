@@ -21,7 +21,7 @@ _log = logging.getLogger("recurd.client")
 #: Far above any result there should be: a bound on what a strange daemon can make us allocate.
 MAX_FRAME_BYTES = 1 << 30
 #: Between looks whether the daemon's machine is there, while nothing comes.
-KEEPALIVE_SECONDS = 2
+KEEPALIVE_SECONDS = 5
 
 _OPTIONS = {
     zmq.LINGER: 0,  # what is unanswered is sent again on the next connection

@@ -35,8 +35,7 @@ class Stamp(msgspec.Struct, frozen=True):
 
     def difference(self, other: "Stamp") -> str | None:
         """The first thing in which a stored stamp differs from this one, in words."""
-        weights = "weights (by their state hash, see 'recurd inspect')"
-        for name, what in (("state_hash", weights), ("runtime", "runtime"), ("device", "device")):
+        for name, what in (("state_hash", "weights, state hash"), ("runtime", "runtime"), ("device", "device")):
             mine, theirs = getattr(self, name), getattr(other, name)
             if mine != theirs:
                 return f"{what} {theirs[:20]} then, {mine[:20]} now"

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from recurd import wire
 from recurd.errors import Code, Refused
-from recurd.layout import Layout
+from recurd.layout import HASH_BYTES, Layout
 
 Array = npt.NDArray[Any]
 #: One head: its array. Several heads: a dictionary of arrays by head name.
@@ -157,6 +157,10 @@ class Signature:
     @cached_property
     def _layout(self) -> Layout:
         return Layout(self._fields.state_hash, self._fields.states)
+
+    def is_foreign(self, sent: Payload, payload: wire.Buffer) -> bool:
+        """Whether the answer to a record is a state of another version of the model."""
+        return sent is GET_STATE and len(payload) > HASH_BYTES and not self._layout.is_ours(payload)
 
     def value(self, sent: Payload, header: wire.Header, payload: wire.Buffer) -> "Result | None":
         """What the answer to a record tells: a chunk's result, the states by name after a get, else nothing.

@@ -297,6 +297,12 @@ class Writer:
         if self._is_not_ours(header, record):
             self.end(self._taken_over())
             return
+        assert self.signature is not None  # set with the first OPENED
+        if self.signature.is_foreign(record.payload, payload) and not self._reopened:
+            # The stream goes by another version of its model, and we were not told, or what told us was lost.
+            self._reopened = True
+            self.detach()
+            return
         self.backlog.answered(header.seq)
         self._progressed(now)
         self._reopened = False
@@ -306,7 +312,6 @@ class Writer:
         self.fresh = is_fresh and not is_chunk
         if is_chunk:
             self.last_fresh = is_fresh
-        assert self.signature is not None  # set with the first OPENED
         try:
             self._answers.append(Answer(record.token, self.signature.value(record.payload, header, payload), None))
         except Refused as error:
@@ -351,6 +356,8 @@ class Writer:
             backlog.put_back(seq, seq)
             backlog.waiting.popleft()
             self._answers.append(Answer(record.token, None, error))
+            if error.code is Code.STATE_MISMATCH:
+                self.detach()  # opening again tells which version of the model the stream goes by
 
     def _missed(self, expected: int, seq: int) -> None:
         """The daemon has not got everything we sent before ``seq``."""

@@ -140,9 +140,27 @@ def test_a_state_of_other_weights_is_refused_whatever_its_shape(stream: recurd.S
     stream._writer.signature = type(signature)(stream.contract | {"state_hash": "00" * 32})
     with pytest.raises(recurd.Refused) as refused:
         stream.set_state({"h": [[1.0]]})
-    stream._writer.signature = signature
     assert refused.value.code is Code.STATE_MISMATCH
     assert total(stream) == 1.0
+
+
+def test_who_was_not_told_that_a_stream_went_over_to_another_version_finds_out(stream: recurd.Stream) -> None:
+    """What tells it may be lost on the way to a client that reads slowly."""
+    stream.push([1.0])
+    signature = stream.signature
+    former = type(signature)(stream.contract | {"state_hash": "00" * 32})
+    stream._writer.signature = former
+    futures = [stream.submit([0.0]) for _ in range(5)]
+    assert total(stream) == 1.0
+    assert stream.contract == signature.contract
+    assert [future.result(20).tolist() for future in futures] == [[[1.0]]] * 5
+
+    stream._writer.signature = former
+    with pytest.raises(recurd.Refused, match="state_mismatch"):  # of what is no StreamState one cannot know
+        stream.set_state({"h": [[7.0]]})
+    assert total(stream) == 1.0  # which waits until the stream is open again
+    stream.set_state({"h": [[7.0]]})
+    assert (total(stream), stream.generation) == (7.0, 1)
 
 
 def test_a_state_knows_of_which_weights_it_is(stream: recurd.Stream) -> None:
@@ -153,6 +171,7 @@ def test_a_state_knows_of_which_weights_it_is(stream: recurd.Stream) -> None:
     foreign = recurd.StreamState(mine, state_hash="00" * 32)
 
     assert mine.state_hash == stream.contract["state_hash"]
+    assert ({"h": 1} | mine).state_hash == mine.state_hash
     for state in (mine, mine.copy(), copy.deepcopy(mine), pickle.loads(pickle.dumps(mine)), changed):
         stream.set_state(state)
         assert (type(state), state.state_hash) == (recurd.StreamState, mine.state_hash)
@@ -194,6 +213,8 @@ def test_states_and_clones_survive_a_network_that_is_cut(proxy: Any, request: py
 def test_a_daemon_that_is_too_old_for_states_says_so(stream: recurd.Stream) -> None:
     """Its contracts have no state hash."""
     contract = {key: value for key, value in stream.contract.items() if key != "state_hash"}
+    stream._connection.models["sum"] = contract
+    stream._session._signatures.clear()
     stream._writer.signature = type(stream.signature)(contract)
     with pytest.raises(recurd.Refused) as refused:
         stream.state()

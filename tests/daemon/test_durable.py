@@ -602,7 +602,9 @@ def test_streams_of_other_weights_are_gone_on_with_only_when_that_is_said(model:
         caller.run(chunk(caller.handle("s"), 1, draw(1, 3)))
     other = load(Network(layers=1, learned=True, counter=True, seed=8), tmp_path)
 
-    with pytest.raises(JournalError, match=r"left by another one \(weights [0-9a-f]{20} then, [0-9a-f]{20} now\)"):
+    with pytest.raises(
+        JournalError, match=r"left by another one \(weights, state hash [0-9a-f]{20} then, [0-9a-f]{20} now\)"
+    ):
         Daemon(tmp_path, other)
     with Daemon(tmp_path, other, accept_drift=True) as second:
         assert second.restored == 1

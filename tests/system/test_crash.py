@@ -1,5 +1,6 @@
 """A durable daemon that is killed while it works: with a real process, real clients and a disk that runs full."""
 
+import contextlib
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ from dialogue import chunk, opening
 from process import Dealer, Process, eventually
 from recurd import wire
 from recurd.errors import ExitCode
+from recurd.journal import Journal
 from recurd.wire import Type
 from recurrent import Network
 
@@ -101,6 +103,22 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip(f"no tmpfs can be mounted here: {done.stderr.decode().strip()}")
     yield folder
     subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def test_a_disk_that_is_full_at_the_start_is_no_damage(pump: Path, small_disk: Path, tmp_path: Path) -> None:
+    folder = small_disk / "journal"
+    with contextlib.closing(Journal(folder, "process")):
+        pass
+    with (small_disk / "filler").open("wb", buffering=0) as filler, contextlib.suppress(OSError):
+        while filler.write(bytes(4096)):
+            pass
+    with serve(tmp_path, pump, folder) as daemon:
+        assert daemon.wait() == ExitCode.JOURNAL
+        last = daemon.log.rstrip().splitlines()[-1]
+    assert last == f"recurd: {folder}: cannot be written: No space left on device"
+    (small_disk / "filler").unlink()
+    with serve(tmp_path, pump, folder) as daemon:
+        daemon.ready()
 
 
 def test_a_full_disk_holds_everything_up_and_loses_nothing(pump: Path, small_disk: Path, tmp_path: Path) -> None:

@@ -260,9 +260,7 @@ def test_a_daemon_with_other_weights_gets_nothing_and_the_sentence_says_why(
         done = drain(here.endpoint, there.endpoint)
         assert done.returncode == ExitCode.BUG
         assert "weights" in done.stderr
-        assert done.stderr.splitlines()[1:] == [
-            f"0 streams have moved to {there.endpoint}; the others are still at {here.endpoint}"
-        ]
+        assert done.stderr.splitlines()[1:] == [f"0 streams have moved to {there.endpoint}"]
         stream.push(chunk("s", 2))
         assert (client.endpoint, stream.last_seq) == (here.endpoint, 2)
         assert drain(here.endpoint, there.endpoint, "--accept-drift").returncode == 0
