@@ -47,7 +47,10 @@ class Durable:
         self._log = log
         durability = settings.durability
         assert durability.mode != "off"
-        self._journal = Journal(Path(durability.directory), durability.mode, max_ended=settings.limits.ended_streams)
+        limits = settings.limits
+        self._journal = Journal(
+            Path(durability.directory), durability.mode, max_ended=limits.ended_streams + 2 * limits.streams
+        )
         try:
             self._take_up(models, accept_drift=durability.accept_drift)
         except BaseException:
@@ -63,8 +66,7 @@ class Durable:
         stored = self._journal.stamps()
         former: dict[tuple[str, str], Stamp] = {}
         for name, version in sorted({(name, stamp.version) for (name, _), stamp in stored.items()}):
-            # Who accepts drift says that the present one goes on with the states of others.
-            if accept_drift or (name in present and present[name].version == version):
+            if name in present and present[name].version == version:
                 continue
             if self._copies is not None and (loaded := self._copies.load(name, version)) is not None:
                 former[name, version] = loaded.model.stamp

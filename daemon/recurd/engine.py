@@ -78,7 +78,7 @@ class Engine:
         self._room = Room(limits)
         # Handles of another start of the daemon must not be taken for this one's, hence the random high bits.
         first_handle = (int.from_bytes(identity.epoch[:3], "little") << _HANDLE_BITS) + 1
-        self._streams = Streams(first_handle, max_ended=limits.ended_streams)
+        self._streams = Streams(first_handle, max_ended=limits.ended_streams, max_moved=2 * limits.streams)
         self._versions = Versions(
             lambda name, device, counts: Lane(name, device, config=config, stats=counts, room=self._room, clock=clock),
             streams=self._streams,
@@ -94,6 +94,8 @@ class Engine:
         self._unsaved = Unsaved(config.durability.mode != "off")
         #: Why nothing can be saved, and so nothing accepted, at present.
         self._halted: str | None = None
+        self._halted_since = 0.0
+        self._clock = clock
         self._tenants = tenants or Tenants(config.tenants)
         self._lifecycle = Lifecycle(
             config,
@@ -498,10 +500,15 @@ class Engine:
     def saved(self) -> None:
         """What :meth:`to_save` gave last stands in the journal."""
         self._unsaved.saved()
+        if self._halted is not None:
+            # Nobody could send anything: that time is no stream's idle time.
+            self._streams.forgive(self._clock() - self._halted_since)
         self._halted = None
 
     def halt(self, reason: str) -> None:
         """Nothing can be saved: refuse everything that would change a stream, until :meth:`saved`."""
+        if self._halted is None:
+            self._halted_since = self._clock()
         self._halted = reason
         for lane in self._turns:
             lane.scheduler.pace.pause()

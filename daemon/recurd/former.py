@@ -5,6 +5,7 @@ beside the journal there is a copy of every file that is served, by the name of 
 """
 
 import os
+import re
 import shutil
 from collections.abc import Collection
 from pathlib import Path
@@ -13,11 +14,14 @@ from typing import TYPE_CHECKING
 from recurd import config
 from recurd.errors import ContractError, StartError
 from recurd.loading import Loaded, fingerprint, load
+from recurd.saving import VERSION_DIGITS
 
 if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
 
 _SIDECAR = ".contract.json"
+#: What the name of a copy looks like; files of others may lie in the same folder.
+_COPY = re.compile(rf"([0-9a-f]{{{VERSION_DIGITS}}})(\.onnx|\.contract\.json|\.part|\.contract\.part)")
 
 
 class Copies:
@@ -30,7 +34,7 @@ class Copies:
         self._log = log
 
     def keep(self, loaded: Loaded) -> None:
-        """Copy a file that is about to serve. That it cannot be done is logged: only a start after a crash needs it."""
+        """Copy a file that is about to serve. That it cannot be is logged: only a start with another file needs it."""
         source, target = Path(loaded.entry.path), self._path(loaded.model.stamp.version)
         try:
             if not loaded.fingerprint or (target.exists() and fingerprint(target) == loaded.fingerprint):
@@ -58,10 +62,15 @@ class Copies:
             return None
 
     def forget(self, versions: Collection[str]) -> None:
-        """Delete all copies but those of some versions."""
+        """Delete all copies but those of some versions; whatever else lies there stays."""
         for path in self._folder.glob("*"):
-            if path.name.partition(".")[0] not in versions:
+            copy = _COPY.fullmatch(path.name)
+            if copy is None or copy[1] in versions:
+                continue
+            try:
                 path.unlink()
+            except OSError as error:
+                self._log.warning("version_not_forgotten", path=str(path), reason=error.strerror)
 
     def _path(self, version: str) -> Path:
         return self._folder / f"{version}.onnx"

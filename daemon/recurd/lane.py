@@ -112,6 +112,8 @@ class Lane:
         self.result_dtype = int(wire.DTYPES[contract.heads[0].dtype])
         self.result_width = sum(head.width for head in contract.heads)
         self._result_step_bytes = self.result_width * np.dtype(contract.heads[0].dtype).itemsize
+        #: Bytes of results that come of a byte of a chunk.
+        self._due_ratio = self._result_step_bytes / self._step_bytes
         self._is_finite = _gives_finite(contract)
         self._heads = [(head.per == "step", head.width * np.dtype(head.dtype).itemsize) for head in contract.heads]
         # states
@@ -181,7 +183,7 @@ class Lane:
             # Whoever comes again before half of it is done only takes time from those who wait.
             raise Refused(Code.BUSY, text, retry_after_seconds=max(wait_seconds / 2, room.retry_after_seconds))
         if share is not None:
-            share.enter(chunk, is_first)
+            share.enter(chunk, size * self._due_ratio, is_first)
         room.chunks += 1
         room.bytes += size
         self._count(size)
@@ -190,7 +192,7 @@ class Lane:
     def leave(self, chunks: int, size: int, share: Share | None) -> None:
         """Count queued chunks out that were answered, and their bytes."""
         if share is not None:
-            share.leave(chunks, size)
+            share.leave(chunks, size, size * self._due_ratio)
         self._room.chunks -= chunks
         self._room.bytes -= size
         self._count(-size)

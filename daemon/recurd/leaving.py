@@ -95,7 +95,7 @@ class Leaving:
         return {
             "streams": len(group.streams),
             "left": len(self._streams),
-            "stamps": [ModelStamp(lane.name, lane.stamp) for lane in self._versions.turns if lane.streams],
+            "stamps": [ModelStamp(lane.name, lane.stamp) for lane in {stream.lane: None for stream in group.streams}],
         }, b""
 
     def _next(self, limit: int) -> list[Stream]:

@@ -143,7 +143,7 @@ class Lifecycle:
             peer_timeout_seconds=self._timeouts.peer_idle_seconds,
             device=self._identity.device,
             durability=self._durability,
-            bit_exact=self._identity.bit_exact,
+            bit_exact=tuple(name for name in self._identity.bit_exact if rights.models.match(name)),
             rights=tuple(sorted(rights.rights)),
             models={name: self._lanes[name].contract.public() for name in self._models(rights)},
         )
@@ -216,12 +216,8 @@ class Lifecycle:
             self._check_resume(stream, request, peer)
         elif self.draining and (stream is None or request.mode == "new"):
             raise Refused(Code.DRAINING, "the daemon is shutting down")
-        if stream is not None and request.mode == "new":
-            peer.rights.demand("reset")
-            self.end(stream, Code.REPLACED, "replaced")
-            stream = None
-        if stream is None:
-            self.check_room(lane, peer.tenant)
+        if stream is None or request.mode == "new":
+            self._make_room(lane, peer, stream)
             idle_timeout = request.idle_timeout_seconds or lane.idle_seconds
             stream = self._start(peer.tenant, request.stream, lane, idle_timeout, now)
             self._unsaved.note(stream)
@@ -229,6 +225,14 @@ class Lifecycle:
         stream.lane.retain(-stream.acknowledge(header.ack), stream.share)
         self._attach(stream, peer)
         self._send_opened(stream, peer, header.seq)
+
+    def _make_room(self, lane: Lane, peer: Peer, former: Stream | None) -> None:
+        """For a new stream, perhaps in the place of a former one of its name, which ends when there is room."""
+        if former is not None:
+            peer.rights.demand("reset")
+        self.check_room(lane, peer.tenant, replaced=former)
+        if former is not None:
+            self.end(former, Code.REPLACED, "replaced")
 
     def went_over(self, stream: Stream) -> None:
         """Tell whoever uses a stream that it goes by the present version of its model from now on."""
@@ -304,13 +308,14 @@ class Lifecycle:
                 generation=stream.generation,
             )
 
-    def check_room(self, lane: Lane, tenant: str, count: int = 1) -> None:
-        """Raises :class:`Refused` where there is none for so many more streams of a tenant."""
+    def check_room(self, lane: Lane, tenant: str, count: int = 1, *, replaced: Stream | None = None) -> None:
+        """Raises :class:`Refused` where there is none for so many more streams of a tenant, one in the place of another
+        perhaps."""
         most = self._tenants.rights(tenant).limits.streams or self._limits.streams
-        if self._streams.count(tenant) + count > most:
-            open_ = self._streams.count(tenant)
+        open_ = self._streams.count(tenant)
+        if replaced is None and open_ + count > most:
             raise Refused(Code.TOO_MANY_STREAMS, f"{open_} streams are open, and {most} may be at most")
-        if lane.has_no_room(count):
+        if lane.has_no_room(count - (replaced is not None and replaced.lane is lane)):
             text = f"there is no room for the states of more than {lane.streams} streams of model '{lane.name}'"
             raise Refused(Code.NO_SLOTS, f"{text}: close streams, shorten the idle time-out or raise host_state_bytes")
 

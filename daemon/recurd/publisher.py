@@ -24,8 +24,12 @@ if TYPE_CHECKING:
 
 #: Subscriptions that are looked at before the loop goes on.
 _SUBSCRIPTIONS_A_TURN = 256
-#: Bytes of a subscription: a topic's, and more than any has.
-_MAX_SUBSCRIPTION_BYTES = 4096
+#: Bytes of a topic besides the stream's name, at most.
+_TOPIC_BYTES = 512
+#: Topics that are counted; beyond, it is not known any more whether anybody is there.
+_MAX_TOPICS = 100_000
+#: Refusals that are logged between two looks; all are counted.
+_LOGGED_REFUSALS = 20
 _SUBSCRIBE = 1
 
 
@@ -58,6 +62,8 @@ class Publisher:
         self._is_bound = True
         # Subscriptions by topic, also refused ones: how a connection that breaks ends does not tell them apart.
         self._topics: dict[bytes, int] = {}
+        self._has_too_many = False
+        self._logged = 0
         #: Tenants who have subscribed to something, by user, as they were then.
         self._subscribers: dict[str, Tenant] = {}
 
@@ -66,7 +72,7 @@ class Publisher:
             zmq.LINGER: 0,
             # Every subscription is handed to us, and holds for nobody before we say so.
             zmq.XPUB_MANUAL: 1,
-            zmq.MAXMSGSIZE: _MAX_SUBSCRIPTION_BYTES,
+            zmq.MAXMSGSIZE: _TOPIC_BYTES + self._settings.limits.name_bytes,
             zmq.SNDHWM: self._settings.publish.high_water_mark,
         }
         return open_socket(self._context, zmq.XPUB, self._settings, options)
@@ -77,7 +83,7 @@ class Publisher:
     @property
     def wanted(self) -> bool:
         """Whether anybody is there who might want results."""
-        return bool(self._topics)
+        return bool(self._topics) or self._has_too_many
 
     def take_subscriptions(self) -> None:
         """Allow or refuse what was subscribed to since the last call, up to a bound."""
@@ -91,7 +97,7 @@ class Publisher:
             if not data or data[0] > _SUBSCRIBE:
                 continue  # a message upstream, which is nothing here
             if data[0] == _SUBSCRIBE:
-                self._topics[topic] = self._topics.get(topic, 0) + 1
+                self._count(topic)
                 self._subscribe(topic, user_of(message) or self._unnamed)
             else:
                 self._unsubscribe(topic)
@@ -103,8 +109,17 @@ class Publisher:
             self.socket.setsockopt(zmq.SUBSCRIBE, topic)  # for the connection it came on
             return
         self._stats.subscriptions_refused += 1
+        self._logged += 1
+        if self._logged > _LOGGED_REFUSALS:
+            return
         name = "" if tenant is None else tenant.name
         self._log.warning("subscription_refused", tenant=name, topic=topic.decode(errors="replace"))
+
+    def _count(self, topic: bytes) -> None:
+        if topic in self._topics or len(self._topics) < _MAX_TOPICS:
+            self._topics[topic] = self._topics.get(topic, 0) + 1
+        else:
+            self._has_too_many = True
 
     def _unsubscribe(self, topic: bytes) -> None:
         left = self._topics.get(topic, 0) - 1
@@ -134,12 +149,14 @@ class Publisher:
         poller.unregister(self.socket)
         self.socket.close()
         self._topics.clear()
+        self._has_too_many = False
         self._subscribers.clear()
         self._is_bound = False
         self.look(poller)
 
     def look(self, poller: zmq.Poller) -> None:
-        """Bind again, when that is still to be done: a socket that is closed keeps its port for a moment."""
+        """Now and then. Bind again, when that is still to be done: a socket that is closed keeps its port a moment."""
+        self._logged = 0
         if self._is_bound:
             return
         self.socket = self._new_socket()

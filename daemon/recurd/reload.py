@@ -7,6 +7,7 @@ asks while a reload is under way gets one of their own after it.
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
@@ -122,7 +123,7 @@ class Reload:
         self._thread: threading.Thread | None = None
         self._found: SimpleQueue[_Found | None] = SimpleQueue()
         self._asked: _Asked | None = None
-        self._next: _Asked | None = None
+        self._next: deque[_Asked] = deque()
         self._outcomes: list[Outcome] = []
         self._begin = 0.0
 
@@ -142,14 +143,14 @@ class Reload:
         if request is not None:
             incompatible = request.read(Command).incompatible or incompatible
         requests = [] if request is None else [request]
-        if self._next is not None:
-            requests = self._next.requests + requests
-        self._next = _Asked(settings, incompatible, requests, needs_start)
+        if self._next and self._next[-1].incompatible == incompatible:
+            requests = self._next.pop().requests + requests  # one does for both
+        self._next.append(_Asked(settings, incompatible, requests, needs_start))
         if self._asked is None:
             self._start()
 
     def _start(self) -> None:
-        self._asked, self._next = self._next, None
+        self._asked = self._next.popleft() if self._next else None
         if self._asked is None:
             return
         self._begin = time.monotonic()

@@ -284,9 +284,10 @@ _ENDINGS = {
 class Streams:
     """All streams, by handle and by name inside a tenant, the order in which they expire, and how ended ones ended."""
 
-    def __init__(self, first_handle: int, *, max_ended: int) -> None:
+    def __init__(self, first_handle: int, *, max_ended: int, max_moved: int = 0) -> None:
         self._next_handle = first_handle
         self._max_ended = max_ended
+        self._max_moved = max_moved
         self._by_handle: dict[int, Stream] = {}
         self._by_name: dict[tuple[str, str], Stream] = {}
         #: Names that are taken for streams which are to begin later (clones); they count like streams.
@@ -296,6 +297,8 @@ class Streams:
         # Ended ones are swept out when they are more than the living.
         self._expiry: list[tuple[float, int]] = []
         self._ended: OrderedDict[int, Ended] = OrderedDict()
+        # Those that are served elsewhere, apart: one that is forgotten would begin here a second time.
+        self._moved: OrderedDict[int, Ended] = OrderedDict()
         self._ended_names: dict[tuple[str, str], int] = {}
 
     def __len__(self) -> int:
@@ -342,7 +345,7 @@ class Streams:
             if not peer.rights.may_have(stream.name, stream.lane.name):
                 return Refused(Code.FORBIDDEN, f"tenant '{peer.tenant}' may not have stream '{stream.name}' any more")
             return Refused(Code.DETACHED, f"stream '{stream.name}' was opened on another connection since")
-        ended = self._ended.get(header.handle)
+        ended = self._end_of(header.handle)
         if ended is not None and ended.tenant == peer.tenant:
             return ended.error()
         return Refused(Code.UNKNOWN_HANDLE, f"no stream has handle {header.handle} here; open it")
@@ -354,7 +357,10 @@ class Streams:
     def ending(self, tenant: str, name: str) -> Ended | None:
         """How the last stream of this name ended, when it is remembered."""
         handle = self._ended_names.get((tenant, name))
-        return None if handle is None else self._ended[handle]
+        return None if handle is None else self._end_of(handle)
+
+    def _end_of(self, handle: int) -> Ended | None:
+        return self._ended.get(handle) or self._moved.get(handle)
 
     def add(
         self,
@@ -428,12 +434,15 @@ class Streams:
 
     def remember(self, handle: int, ended: Ended) -> None:
         """Remember how a stream ended, as the last one of its name; the oldest memories go."""
-        self._ended[handle] = ended
+        for memory in (self._ended, self._moved):  # one that has moved may have come back and ended here
+            memory.pop(handle, None)
+        (self._ended if ended.redirect is None else self._moved)[handle] = ended
         self._ended_names[ended.tenant, ended.name] = handle
-        while len(self._ended) > self._max_ended:
-            handle, oldest = self._ended.popitem(last=False)
-            if self._ended_names.get((oldest.tenant, oldest.name)) == handle:
-                del self._ended_names[oldest.tenant, oldest.name]
+        for memory, most in ((self._ended, self._max_ended), (self._moved, self._max_moved)):
+            while len(memory) > most:
+                handle, oldest = memory.popitem(last=False)
+                if self._ended_names.get((oldest.tenant, oldest.name)) == handle:
+                    del self._ended_names[oldest.tenant, oldest.name]
 
     def expired(self, now: float) -> list[Stream]:
         """Streams whose idle time-out has passed; the caller ends them. Amortised over records, never a scan of all."""
@@ -450,6 +459,11 @@ class Streams:
             else:
                 self.watch(stream)
         return due
+
+    def forgive(self, seconds: float) -> None:
+        """Let all idle time-outs come so much later (a scan of all streams)."""
+        for stream in self._by_handle.values():
+            stream.last_seen += seconds
 
     def deadline(self) -> float | None:
         """When :meth:`expired` should be asked next."""

@@ -209,6 +209,7 @@ class Share:
         "_room",
         "bytes",
         "chunks",
+        "due",
         "held",
     )
 
@@ -220,6 +221,8 @@ class Share:
         self.bytes = 0
         #: Bytes of the answers kept for retries.
         self.held = 0
+        #: Bytes of the answers that what is queued will give.
+        self.due = 0.0
         self.limit(config.TenantLimits())
 
     def limit(self, limits: config.TenantLimits) -> None:
@@ -232,14 +235,19 @@ class Share:
         self._chunks_rate = None if limits.chunks_per_second is None else Rate(limits.chunks_per_second)
         self._bytes_rate = None if limits.bytes_per_second is None else Rate(limits.bytes_per_second)
 
-    def enter(self, chunk: "Chunk", is_first: bool) -> None:
-        """Count a chunk that is about to be queued. Raises :class:`Refused`, nothing counted, when it may not be."""
+    def enter(self, chunk: "Chunk", due: float, is_first: bool) -> None:
+        """Count a chunk that is about to be queued, and so many bytes of its results to come.
+
+        Raises :class:`Refused`, nothing counted, when it may not be.
+        """
         size, now = chunk.data.nbytes, chunk.arrived
         room = self._room
+        # What its queued chunks will give counts like what they have given: nobody may have acknowledged it then.
+        held = self.held + self.due
         if (
             (self.chunks >= room.max_chunks - room.chunks and not is_first)
             or self.bytes + size > room.max_bytes - room.bytes
-            or self.held >= room.max_retained - room.retained
+            or (held and held >= room.max_retained - room.retained - room.due)
         ):
             raise room.refusal()
         if self._chunks_rate is not None:
@@ -248,13 +256,15 @@ class Share:
             self._bytes_rate.take(size, now)
         self.chunks += 1
         self.bytes += size
+        self.due += due
 
     def check_limits(self, now: float) -> None:
         """Hold a chunk that comes now against the tenant's own limits. Raises :class:`Refused`."""
         if self._in_flight is not None and self.chunks >= self._in_flight:
             raise self._refusal(f"{self.chunks} chunks in flight", self._room.retry_after_seconds)
-        if self._retained is not None and self.held >= self._retained:
-            raise self._refusal(f"{self.held} bytes of results not acknowledged", self._room.retry_after_seconds)
+        if self._retained is not None and self.held + self.due >= self._retained:
+            what = f"{self.held + int(self.due)} bytes of results, those to come too, not acknowledged"
+            raise self._refusal(what, self._room.retry_after_seconds)
         if self._refused is not None and self._refused_at == now:
             # The other chunks of a frame, which has one time: one who sends a thousand of them too many costs little.
             raise self._refused.with_traceback(None)
@@ -270,7 +280,8 @@ class Share:
             retry_after_seconds=max(wait_seconds, _LEAST_RETRY_SECONDS),
         )
 
-    def leave(self, chunks: int, size: int) -> None:
+    def leave(self, chunks: int, size: int, due: float) -> None:
         """Count queued chunks out, and their bytes."""
         self.chunks -= chunks
         self.bytes -= size
+        self.due = self.due - due if self.chunks else 0.0

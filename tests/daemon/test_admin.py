@@ -4,13 +4,18 @@ import json
 from pathlib import Path
 
 import pytest
+import structlog
 
-from dialogue import Desk, admin
-from process import Process
+from dialogue import Desk, Reply, admin
+from process import Process, eventually
 from recurd.config import Config, Tenant
+from recurd.config import Model as ModelFile
 from recurd.errors import Code, Refused
+from recurd.loading import load
 from recurd.model import Model
+from recurd.reload import Reload
 from recurd.remote import Remote
+from recurd.systemd import Notifier
 from recurd.wire import Type, pack
 from recurrent import Network
 
@@ -53,6 +58,47 @@ def test_commands_that_are_not_there_or_not_readable_are_refused(model: Model) -
     assert (unknown.code, "reload" in unknown.body["text"]) == ("bad_request", True)
     assert caller.ask((pack(Type.ADMIN, size=2), b"{}")).code == "bad_request"
     assert caller.ask((pack(Type.ADMIN, size=2, width=3), b"{}")).code == "bad_frame"
+
+
+def test_a_reload_that_is_to_end_streams_is_not_forgotten_for_one_that_is_asked_behind_it(
+    model: Model, file: Path
+) -> None:
+    """A second operator, or SIGHUP, may say something else while the first one waits."""
+    desk = Desk({"pump": model}, process_commands=("reload",))
+    caller = desk.connect()
+    entry = ModelFile(path=str(file), name="pump")
+    settings = Config(models=(entry,))
+    notifier = Notifier({}, 0)
+    reload = Reload(
+        [load(entry, settings, "cpu")],
+        device="cpu",
+        engine=desk.engine,
+        durable=None,
+        labels={},
+        stats=desk.stats,
+        notifier=notifier,
+        wake=lambda: None,
+        log=structlog.get_logger(),
+    )
+    done = []
+    desk.engine.end_former = lambda: done.append("restart") or 0  # type: ignore[method-assign,func-returns-value]
+    for choice in ({}, {"incompatible": "restart"}, {}, {}):
+        caller.send(admin("reload", **choice))
+        for request in desk.engine.admin.requests():
+            reload.ask(settings, request, [])
+    reload.ask(settings, None, [])
+    reports: list[Reply] = []
+
+    def all_answered() -> bool:
+        reload.turn()
+        reports.extend(caller.take())
+        return len(reports) == 4
+
+    eventually(all_answered)
+    reload.close()
+    notifier.close()
+    assert {reply.type for reply in reports} == {Type.REPORT}
+    assert done == ["restart"]
 
 
 def test_it_takes_the_right(model: Model) -> None:

@@ -2,6 +2,7 @@
 
 import tracemalloc
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 
 from dialogue import Caller, Desk, chunk, closing, hello, opening, ping, reset
 from recurd import wire
-from recurd.config import Config, Limits, Timeouts
+from recurd.config import Config, Durability, Limits, Timeouts
 from recurd.config import Model as ModelFile
 from recurd.model import Model
 from recurd.wire import Flag, Type
@@ -443,6 +444,43 @@ def test_an_idle_stream_expires_and_its_client_is_told_what_was_lost(open_desk: 
     np.testing.assert_array_equal(push(caller, again.header.handle, generation=3), first)
     (event,) = [event for event in desk.events if event["event"] == "stream_ended"]
     assert (event["reason"], event["stream"], event["last_seq"], event["level"]) == ("expired", "s", 2, "info")
+
+
+def test_while_nothing_can_be_saved_no_stream_grows_idle(open_desk: OpenDesk, tmp_path: Path) -> None:
+    """Its client may have tried all the time, and was refused."""
+    desk = open_desk(
+        durability=Durability(mode="process", directory=str(tmp_path)), timeouts=Timeouts(peer_idle_seconds=1e6)
+    )
+    caller = desk.connect()
+    handle = caller.open("s", idle_timeout_seconds=30).header.handle
+    desk.engine.saved()
+    desk.now += 20
+    desk.engine.halt("the disk is full")
+    for _ in range(40):
+        desk.now += 1
+        assert caller.ask(chunk(handle, 1, X)).code == "busy"
+    desk.engine.halt("the disk is full, still")
+    desk.now += 1
+    desk.engine.saved()
+    desk.tick()
+    assert desk.stats.streams_ended["expired"] == 0
+    desk.now += 11
+    desk.tick()
+    assert desk.stats.streams_ended["expired"] == 1
+
+
+def test_a_stream_is_not_ended_for_a_new_one_that_is_refused(open_desk: OpenDesk) -> None:
+    desk = open_desk(slots=2, limits=Limits(host_state_bytes=0), models=(ModelFile(path="pump.onnx", name="pump"),))
+    caller = desk.connect()
+    handle = caller.handle("s")
+    push(caller, handle)
+    caller.handle("t")
+    assert caller.open("u").code == "no_slots"
+    assert caller.open("s", mode="new").type == Type.OPENED  # in its own place
+    desk.engine._lifecycle._limits = Limits(streams=1)  # as a tenant's may become by a SIGHUP
+    assert caller.open("s", mode="new").type == Type.OPENED
+    assert caller.open("u").body["text"].startswith("2 streams are open, and 1 may be at most")
+    assert caller.open("t", mode="resume").type == Type.OPENED
 
 
 def test_a_models_own_time_out_counts_for_its_streams_only(open_desk: OpenDesk) -> None:

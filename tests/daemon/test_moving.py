@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from dialogue import Desk, chunk, closing, opening, reset, state
 from moving import Operator
 from recurd.config import Config, override
-from recurd.drain import Drain
+from recurd.drain import Drain, DrainError
 from recurd.errors import Code, Refused, Unanswered
 from recurd.fences import FENCE_SECONDS
 from recurd.model import Model
@@ -510,6 +510,34 @@ def test_whatever_is_commanded_nothing_breaks(model: Model, orders: list[tuple[s
         desk.now += 1
         desk.run()
     assert desk.stats.internal_errors == 0
+
+
+def test_where_streams_have_gone_is_known_however_many_ends_are_remembered(model: Model, there: Desk) -> None:
+    here = Desk({"pump": model}, override(Config(), {"limits": {"ended_streams": 2, "streams": 8}}))
+    caller = here.connect()
+    handles = [caller.handle(f"s{number}") for number in range(6)]
+    move(here, there)
+    caller.take()
+    other = here.connect("other")
+    for number in range(5):
+        other.ask(closing(other.handle(f"closed {number}")))
+    for number, handle in enumerate(handles):
+        assert caller.open(f"s{number}").code == "moved"
+        assert caller.ask(chunk(handle, 1, draw(1, 2))).code == "moved"
+
+
+def test_streams_of_a_former_version_keep_only_themselves_from_moving(here: Desk, there: Desk, tmp_path: Path) -> None:
+    one, other = here.connect("one"), here.connect("other")
+    one.run(chunk(one.handle("old"), 1, draw(1, 2)))
+    new = Network(layers=1, learned=True, counter=True, seed=8).save(tmp_path / "new.onnx")
+    for desk in (here, there):
+        desk.engine.replace_model("pump", Model.load(new, slots=8, threads=1), "finish")
+    other.take()
+    other.handle("new")
+    here.engine.disconnected(other.routing_id)
+    with pytest.raises(DrainError, match="weights"):
+        Drain(At(here, A), At(there, B)).run()  # type: ignore[arg-type]
+    assert (names(here), names(there)) == ({"old"}, {"new"})
 
 
 # --- the command, when answers to it are lost ---

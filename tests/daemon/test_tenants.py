@@ -194,6 +194,34 @@ def test_a_tenant_keeps_as_many_unacknowledged_results_as_it_may(open_desk: Open
 # --- shares ---
 
 
+def test_what_a_tenant_has_queued_counts_by_the_results_to_come(open_desk: OpenDesk) -> None:
+    """All of it is accepted before the first result is there, and none of it is ever acknowledged."""
+    desk = open_desk(Limits(retained_bytes=16 * 100, stream_credit=1000, queued_seconds=1e6), a=Tenant())
+    hog, modest = desk.connect(tenant="a"), desk.connect("b", tenant="b")
+    handles = [hog.handle(f"s{number}") for number in range(4)]
+    hog.send(*[chunk(handle, seq, draw()) for seq in range(1, 100) for handle in handles])
+    assert {reply.code for reply in hog.take()} == {"busy", "gap"}
+    desk.run()
+    assert len([reply for reply in hog.take() if reply.type == Type.RESULT]) <= 51
+
+    handle = modest.handle("s")
+    for seq in range(1, 40):
+        (reply,) = modest.run(chunk(handle, seq, draw(), ack=seq - 1))
+        assert reply.type == Type.RESULT, reply
+    hog.run(*[chunk(handle, 99, draw(), ack=30) for handle in handles])
+    share = desk.engine._tenants.share("a", desk.engine._room)
+    assert share is not None
+    assert (share.chunks, share.due) == (0, 0.0)
+
+
+def test_welcome_tells_of_no_model_that_one_may_not_use(open_desk: OpenDesk) -> None:
+    desk = open_desk(a=Tenant(models=("pump",)))
+    desk.engine._lifecycle.announce("valve", True)
+    desk.engine._lifecycle.announce("pump", True)
+    welcome = desk.connect("a", tenant="a", greet=False).ask(hello()).body
+    assert (list(welcome["models"]), welcome["bit_exact"]) == (["pump"], ["pump"])
+
+
 def test_who_never_acknowledges_leaves_room_for_others(open_desk: OpenDesk) -> None:
     desk = open_desk(Limits(retained_bytes=16 * 100, stream_credit=1000), a=Tenant())
     hog, modest = desk.connect(tenant="a"), desk.connect("b", tenant="b")

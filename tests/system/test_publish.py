@@ -234,3 +234,23 @@ def test_rights_that_are_taken_away_end_subscriptions_and_others_come_back(house
             mine._timeout = 10.0
             with pytest.raises(recurd.Refused, match="does not know this client's key"):
                 drain(mine)
+
+
+def test_a_thousand_subscriptions_that_are_refused_fill_neither_log_nor_memory(house: House) -> None:
+    house.write(PUBLISH)
+    with house.serve() as daemon, zmq.Context() as context:
+        daemon.ready()
+        with context.socket(zmq.SUB) as socket, recurd.connect(daemon.endpoint, **house.keys("a")) as client:
+            socket.linger = 0
+            for option, value in house.credentials("b").options().items():
+                socket.setsockopt(option, value)
+            socket.connect(published_at(daemon).split(",")[0])
+            for number in range(1000):
+                socket.subscribe(f"a/pump/s{number}" + "x" * 200)
+            eventually(lambda: daemon.metric("recurd_subscriptions_refused_total") >= 1000)
+            assert 0 < daemon.log.count("subscription_refused") <= 400
+            socket.subscribe("a/" + "x" * 3000)  # is closed unread
+            stream = client.open("s")
+            with subscribed(daemon, "a/*", probe=stream, **house.keys("a")) as subscriber:
+                stream.push(draw())
+                assert next(subscriber).stream == "s"

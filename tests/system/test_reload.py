@@ -460,6 +460,21 @@ def test_streams_whose_version_is_not_there_any_more_are_not_gone_on_with_unless
             daemon.stop(signal.SIGTERM)
 
 
+def test_a_kept_version_is_gone_on_with_though_drift_is_accepted_and_files_of_others_stay(tmp_path: Path) -> None:
+    left_by_the_old_file(tmp_path)
+    models = tmp_path / "journal" / "models"
+    (models / "notes.txt").write_text("mine")
+    (models / "lost+found").mkdir()
+    with durable(tmp_path, "--accept-drift") as daemon:
+        daemon.ready()
+        with connect(tmp_path) as client:
+            result = client.open("s", mode="resume").push(draw(2))
+        assert "drift_accepted" not in daemon.log
+        daemon.stop(signal.SIGTERM)
+    np.testing.assert_allclose(result, truth(OLD, draw(1), draw(2))[5:], **CLOSE)
+    assert {"notes.txt", "lost+found"} < {path.name for path in models.iterdir()}
+
+
 def test_streams_end_after_a_start_with_another_file_where_that_is_configured(tmp_path: Path) -> None:
     left_by_the_old_file(tmp_path)
     configuration = tmp_path / "recurd.toml"

@@ -124,7 +124,10 @@ def import_(
                 daemon.ask("import", data, group=id, stamps=stamps, accept_drift=accept_drift, lasting=False)
                 done += count
                 progress(done, len(parcels))
-            daemon.ask("admit", group=id)
+            if parcels and daemon.ask("admit", group=id)[0]["fate"] != "admitted":
+                raise RecurdError(
+                    f"{endpoint} has dropped them: nothing was heard of us for too long; import them again"
+                )
         except BaseException:
             daemon.ask("drop", group=id)
             raise
