@@ -162,8 +162,10 @@ class Drain:
             fate = self._source.ask("lift", group=id)[0]["fate"]
             if fate == "released":
                 self._admit(id)
-            else:
+            elif fate == "lifted":
                 self._target.ask("drop", group=id)
+            elif self._leaving:  # it was started afresh meanwhile: what has arrived may be all that there is
+                error.add_note(f"{self._source.endpoint} knows nothing of the last group any more; it stays undecided")
         except (RecurdError, OSError) as trouble:
             error.add_note(f"the last group is not decided about ({trouble}): the next drain does that, and counts it")
 

@@ -430,6 +430,7 @@ class Engine:
             self._lifecycle.finish_close(stream)
         elif stream.lane.is_ending:
             if stream.untouched and self._versions.renew(stream):
+                self._unsaved.note(stream)  # or the next start would ask for the former file
                 self._lifecycle.went_over(stream)
             else:
                 self._lifecycle.end(stream, Code.RELOADED, "reloaded")

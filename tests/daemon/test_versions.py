@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from dialogue import Caller, Desk, Reply, Served, chunk, closing, opening, reset, state
 from recurd import contract as contracts
-from recurd.config import Config, Limits, Tick
+from recurd.config import Config, Durability, Limits, Tick
 from recurd.layout import Layout
 from recurd.model import Model
+from recurd.saving import VERSION_DIGITS, SavedStream
 from recurd.signature import Signature
 from recurd.wire import Flag, Operation, Type
 from recurrent import Array, Network, States
@@ -530,6 +531,22 @@ def test_a_stream_that_waits_for_nothing_and_goes_over_is_told_to_who_uses_it(mo
     assert [(reply.type, reply.header.seq) for reply in caller.take()] == [(Type.WELCOME, 0), (Type.OPENED, 0)]
     assert not gone.take()
     assert caller.ask(state(handle, 1, Operation.PUT, packed(models["new"], 1))).type == Type.STATE_OF
+
+
+def test_a_durable_stream_that_goes_over_unused_is_saved_with_its_new_version(
+    models: dict[str, Model], tmp_path: Path
+) -> None:
+    desk = open_desk(models, durability=Durability(mode="process", directory=str(tmp_path)))
+    desk.connect().handle("s")
+    desk.engine.saved()
+    replace(desk, models["new"], "restart")
+    desk.run()
+
+    saving = desk.engine.to_save()
+    assert saving is not None
+    assert [SavedStream.of(stream, None).version for stream in saving.streams] == [
+        models["new"].contract.state_hash[:VERSION_DIGITS]
+    ]
 
 
 @pytest.mark.parametrize("incompatible", ["finish", "restart"])
