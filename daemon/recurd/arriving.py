@@ -1,6 +1,7 @@
 """Streams that come from another daemon, or out of a file: looked at, taken in closed, and handed over or forgotten
 (:mod:`recurd.moving`)."""
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -96,7 +97,8 @@ class Arriving:
     def _check_all(self, parcels: list[Parcel], stamps: list[ModelStamp]) -> None:
         """Raises :class:`Refused` unless every one of them can be taken in."""
         checked = {(one.model, one.stamp.state_hash) for one in stamps}
-        new: dict[str, int] = {}
+        new: Counter[str] = Counter()
+        on_lane: Counter[str] = Counter()
         handles, names = set(), set()
         for parcel in parcels:
             saved = parcel.stream
@@ -107,8 +109,10 @@ class Arriving:
             handles.add(parcel.handle)
             names.add((saved.tenant, saved.name))
             if self._streams.named(saved.tenant, saved.name) is None:
-                new[saved.tenant] = new.get(saved.tenant, 0) + 1
-                self._lifecycle.check_room(self._lanes[saved.model], saved.tenant, new[saved.tenant])
+                new[saved.tenant] += 1
+                on_lane[saved.model] += 1
+                lane = self._lanes[saved.model]
+                self._lifecycle.check_room(lane, saved.tenant, new[saved.tenant], on_lane=on_lane[saved.model])
         if len(handles) < len(parcels) or len(names) < len(parcels):
             raise Refused(Code.BAD_REQUEST, "a stream stands there twice")
 

@@ -308,14 +308,17 @@ class Lifecycle:
                 generation=stream.generation,
             )
 
-    def check_room(self, lane: Lane, tenant: str, count: int = 1, *, replaced: Stream | None = None) -> None:
+    def check_room(
+        self, lane: Lane, tenant: str, count: int = 1, *, on_lane: int | None = None, replaced: Stream | None = None
+    ) -> None:
         """Raises :class:`Refused` where there is none for so many more streams of a tenant, one in the place of another
-        perhaps."""
+        perhaps, and as many on the lane, or so many when others' come with them."""
         most = self._tenants.rights(tenant).limits.streams or self._limits.streams
         open_ = self._streams.count(tenant)
         if replaced is None and open_ + count > most:
             raise Refused(Code.TOO_MANY_STREAMS, f"{open_} streams are open, and {most} may be at most")
-        if lane.has_no_room(count - (replaced is not None and replaced.lane is lane)):
+        more = count if on_lane is None else on_lane
+        if lane.has_no_room(more - (replaced is not None and replaced.lane is lane)):
             text = f"there is no room for the states of more than {lane.streams} streams of model '{lane.name}'"
             raise Refused(Code.NO_SLOTS, f"{text}: close streams, shorten the idle time-out or raise host_state_bytes")
 

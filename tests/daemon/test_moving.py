@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from dialogue import Desk, chunk, closing, opening, reset, state
 from moving import Operator
-from recurd.config import Config, override
+from recurd.config import Auth, Config, override
 from recurd.drain import Drain, DrainError
 from recurd.errors import Code, Refused, Unanswered
 from recurd.fences import FENCE_SECONDS
@@ -510,6 +510,24 @@ def test_whatever_is_commanded_nothing_breaks(model: Model, orders: list[tuple[s
         desk.now += 1
         desk.run()
     assert desk.stats.internal_errors == 0
+
+
+def test_the_room_for_states_is_one_for_all_tenants_that_arrive_together(model: Model, tmp_path: Path) -> None:
+    tenants = {"a": {}, "b": {}}
+    here = Desk({"pump": model}, override(Config(auth=Auth(key="k")), {"tenants": tenants}))
+    for name in tenants:
+        for number in range(2):
+            here.connect(f"{name}{number}", tenant=name).handle(f"s{number}")
+    boss = Operator(here)
+    there = Desk(
+        {"pump": Model.load(PUMP.save(tmp_path / "pump.onnx"), slots=3, threads=1)},
+        override(Config(), {"limits": {"host_state_bytes": 0}}),
+    )
+    report = boss.ask("gather", group="g")
+    data = boss.export("g")
+    assert report["streams"] == 4
+    assert Operator(there).reply("import", data, group="g", stamps=report["stamps"]).code == "no_slots"
+    assert not names(there)
 
 
 def test_where_streams_have_gone_is_known_however_many_ends_are_remembered(model: Model, there: Desk) -> None:
