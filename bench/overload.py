@@ -112,6 +112,14 @@ class Sensors:
                 looked, self.peak = now, max(self.peak, memory(self._pid))
         return self._part(seconds, (child.cpu_seconds(self._pid) or 0.0) - cpu)
 
+    def recover(self, rate: float, seconds: float, well_seconds: float) -> float:
+        """Run on, for so many seconds at a time, until the daemon is well; seconds until it was."""
+        begin = time.perf_counter()
+        while True:
+            self.run(rate, seconds, well_seconds)
+            if self.well_at < np.inf or time.perf_counter() > begin + ANSWER_SECONDS:
+                return self.well_at - begin
+
     def settle(self) -> int:
         """Wait for all answers; how many did not come."""
         fleet, end_at = self._fleet, time.perf_counter() + ANSWER_SECONDS
@@ -223,12 +231,7 @@ def run(
         sensors.peak = 0
         overload = sensors.run(OVERLOAD * capacity, seconds)
         say(f"at {OVERLOAD} times: {overload}")
-        ended = time.perf_counter()
-        while True:
-            sensors.run(calm * capacity, calm_seconds, WELL * before.p50_ms / 1000)
-            if sensors.well_at < np.inf or time.perf_counter() > ended + ANSWER_SECONDS:
-                break
-        recovery = sensors.well_at - ended
+        recovery = sensors.recover(calm * capacity, calm_seconds, WELL * before.p50_ms / 1000)
         after = sensors.run(calm * capacity, calm_seconds)
         say(f"at {calm} times again: {after}")
         unanswered = sensors.settle()
