@@ -14,7 +14,6 @@ from recurd.lifecycle import Lifecycle
 from recurd.peers import Outbox, Peers
 from recurd.saving import ModelStamp, Parcel, SavedStream, is_fresh
 from recurd.streams import Redirect, Stream, Streams
-from recurd.versions import Versions
 
 if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
@@ -65,7 +64,6 @@ class Leaving:
     def __init__(
         self,
         *,
-        versions: Versions,
         streams: Streams,
         fences: Fences,
         peers: Peers,
@@ -73,7 +71,6 @@ class Leaving:
         lifecycle: Lifecycle,
         log: "FilteringBoundLogger",
     ) -> None:
-        self._versions = versions
         self._streams = streams
         self._fences = fences
         self._peers = peers

@@ -51,7 +51,6 @@ class Moving:
         self._fences = fences
         self._log = log
         self._leaving = Leaving(
-            versions=versions,
             streams=streams,
             fences=fences,
             peers=peers,

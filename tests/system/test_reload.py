@@ -47,6 +47,16 @@ def serve(folder: Path, *flags: str | Path) -> Process:
     return Process(folder, pump, "--bind", f"ipc://{folder}/socket", "--metrics", "127.0.0.1:0", *flags)
 
 
+@contextlib.contextmanager
+def configured(folder: Path, head: str = "") -> Iterator[tuple[Process, Path]]:
+    """A daemon with the old file that reads a configuration, and the path of that."""
+    put(OLD, folder / "pump.onnx")
+    configuration = folder / "recurd.toml"
+    configuration.write_text(head + '[[models]]\npath = "pump.onnx"\n')
+    with Process(folder, "--config", configuration, "--bind", f"ipc://{folder}/socket", "--metrics", "") as daemon:
+        yield daemon.ready(), configuration
+
+
 def connect(folder: Path) -> recurd.Client:
     return recurd.connect(f"ipc://{folder}/socket")
 
@@ -489,11 +499,7 @@ def test_streams_end_after_a_start_with_another_file_where_that_is_configured(tm
 
 
 def test_a_configuration_that_cannot_be_read_changes_nothing(tmp_path: Path) -> None:
-    put(OLD, tmp_path / "pump.onnx")
-    configuration = tmp_path / "recurd.toml"
-    configuration.write_text('[[models]]\npath = "pump.onnx"\n')
-    with Process(tmp_path, "--config", configuration, "--bind", f"ipc://{tmp_path}/socket", "--metrics", "") as daemon:
-        daemon.ready()
+    with configured(tmp_path) as (_, configuration):
         configuration.write_text("[[models")
         put(NEW, tmp_path / "pump.onnx")
         done = reload(tmp_path)
@@ -504,11 +510,7 @@ def test_a_configuration_that_cannot_be_read_changes_nothing(tmp_path: Path) -> 
 
 
 def test_other_slots_are_no_matter_of_a_reload(tmp_path: Path) -> None:
-    put(OLD, tmp_path / "pump.onnx")
-    configuration = tmp_path / "recurd.toml"
-    configuration.write_text('slots = 10\n[[models]]\npath = "pump.onnx"\n')
-    with Process(tmp_path, "--config", configuration, "--bind", f"ipc://{tmp_path}/socket", "--metrics", "") as daemon:
-        daemon.ready()
+    with configured(tmp_path, "slots = 10\n") as (_, configuration):
         configuration.write_text('slots = 20\n[[models]]\npath = "pump.onnx"\n')
         assert reloaded(tmp_path)["outcome"] == "unchanged"
         put(NEW, tmp_path / "pump.onnx")
@@ -516,11 +518,7 @@ def test_other_slots_are_no_matter_of_a_reload(tmp_path: Path) -> None:
 
 
 def test_what_takes_a_new_start_is_told(tmp_path: Path) -> None:
-    put(OLD, tmp_path / "pump.onnx")
-    configuration = tmp_path / "recurd.toml"
-    configuration.write_text('[[models]]\npath = "pump.onnx"\n')
-    with Process(tmp_path, "--config", configuration, "--bind", f"ipc://{tmp_path}/socket", "--metrics", "") as daemon:
-        daemon.ready()
+    with configured(tmp_path) as (daemon, configuration):
         assert reload(tmp_path).stdout == "pump: unchanged\n"
         configuration.write_text(
             'threads = 2\n[[models]]\npath = "pump.onnx"\n[limits]\nstreams = 7\n[tenants.local]\n'
