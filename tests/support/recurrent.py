@@ -20,6 +20,7 @@ class Network:
 
     ``batch_axis`` is that of every state tensor, ``learned`` gives initial values that are not zero, ``counter`` adds a
     state of another dtype that counts steps, ``last`` a head of the last step, ``classes`` makes the input token ids.
+    ``spread`` is the standard deviation of the LSTM's weights: beyond ``1 / sqrt(hidden)`` rounding grows step by step.
     """
 
     name: str = "pump"
@@ -34,6 +35,7 @@ class Network:
     last: bool = False
     classes: int | None = None
     seed: int = 7
+    spread: float = 0.6
 
     # --- weights ---
 
@@ -44,7 +46,7 @@ class Network:
         for layer in range(self.layers):
             width = self.features if layer == 0 else d * h
             for name, shape in {"W": (d, 4 * h, width), "R": (d, 4 * h, h), "B": (d, 8 * h)}.items():
-                weights[f"{name}{layer}"] = random.normal(0, 0.6, shape).astype(np.float32)
+                weights[f"{name}{layer}"] = random.normal(0, self.spread, shape).astype(np.float32)
         weights["V"] = random.normal(0, 1, (d * h, self.outputs)).astype(np.float32)
         weights["b"] = random.normal(0, 1, self.outputs).astype(np.float32)
         if self.classes is not None:
