@@ -14,7 +14,7 @@ from recurd.errors import Code, Refused
 from recurd.fences import Fences, Group, GroupId, OfGroup
 from recurd.lane import Lane, states_of
 from recurd.lifecycle import Lifecycle
-from recurd.saving import ModelStamp, Parcel, Stamp, Unsaved, is_fresh
+from recurd.saving import ModelStamp, Parcel, SavedStream, Stamp, Unsaved, is_fresh
 from recurd.streams import Streams
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class Arriving:
         for stamp in wanted.stamps:
             self._check_stamp(stamp.model, stamp.stamp, accept_drift=wanted.accept_drift)
         # All are looked at before the first is taken in.
-        self._check_all(parcels, wanted.stamps)
+        self._check_all(parcels, wanted)
         group = self._fences.get(wanted.group, now)
         fate = self._fences.fate(wanted.group)
         if fate not in ("open", "unknown") or (group is not None and not group.is_held):
@@ -71,12 +71,11 @@ class Arriving:
             group = Group(wanted.group, [], is_held=True, is_lasting=wanted.lasting)
             if parcels:
                 self._fences.add(group, now)
-        for parcel in parcels:
-            self._take_in(parcel, group, now)
+        came = sum(self._take_in(parcel, group, now) for parcel in parcels)
         for former in self._fences.held():
             if former is not group and not any(former.members()):
                 self._fences.end(former, "dropped")  # all of it has come again
-        return {"streams": len(parcels)}, b""
+        return {"streams": came, "stayed": len(parcels) - came}, b""
 
     def _check_stamp(self, model: str, theirs: Stamp, *, accept_drift: bool) -> None:
         lane = self._lanes.get(model)
@@ -94,9 +93,9 @@ class Arriving:
                 f"and --accept-drift goes on all the same",
             )
 
-    def _check_all(self, parcels: list[Parcel], stamps: list[ModelStamp]) -> None:
-        """Raises :class:`Refused` unless every one of them can be taken in."""
-        checked = {(one.model, one.stamp.state_hash) for one in stamps}
+    def _check_all(self, parcels: list[Parcel], wanted: _Import) -> None:
+        """Raises :class:`Refused` unless every one of them can be taken in, or is here already."""
+        checked = {(one.model, one.stamp.state_hash) for one in wanted.stamps}
         new: Counter[str] = Counter()
         on_lane: Counter[str] = Counter()
         handles, names = set(), set()
@@ -104,7 +103,9 @@ class Arriving:
             saved = parcel.stream
             if (saved.model, parcel.state_hash) not in checked:
                 raise Refused(Code.BAD_REQUEST, f"stream '{saved.name}' is of model '{saved.model}', without a stamp")
-            _check_parcel(parcel, self._lanes[saved.model])
+            _check_parcel(parcel, self._lanes[saved.model], is_run=wanted.lasting)
+            self._lifecycle.check_name(saved.name)
+            self._lifecycle.check_owner(saved.tenant, saved.name, saved.model)
             self._check_place(parcel)
             handles.add(parcel.handle)
             names.add((saved.tenant, saved.name))
@@ -115,31 +116,46 @@ class Arriving:
                 self._lifecycle.check_room(lane, saved.tenant, new[saved.tenant], on_lane=on_lane[saved.model])
         if len(handles) < len(parcels) or len(names) < len(parcels):
             raise Refused(Code.BAD_REQUEST, "a stream stands there twice")
+        self._check_states(parcels)
 
     def _check_place(self, parcel: Parcel) -> None:
         """Hold a stream that comes against those that are here. Raises :class:`Refused` (``exists``)."""
         saved = parcel.stream
-        self._lifecycle.check_name(saved.name)
         stream = self._streams.named(saved.tenant, saved.name)
         other = self._streams.by_handle(parcel.handle)
         if stream is None and other is None and not self._streams.is_reserved(saved.tenant, saved.name):
             return
-        what = f"there is a stream '{saved.name}' of tenant '{saved.tenant}' already"
+        what = _is_there(saved)
         if stream is not other or stream is None or stream.lane.name != saved.model:
             raise Refused(Code.EXISTS, f"{what}, another one")
         is_held = stream.fence is not None and stream.fence.is_held
         leaves = stream.fence is not None and not is_held
         if leaves or stream.accepted > saved.seq or (stream.accepted < saved.seq and not is_held):
             raise Refused(Code.EXISTS, f"{what}, at record {stream.accepted}, and {saved.seq} comes")
+        if not is_held and (stream.answered, stream.generation) != (saved.seq, saved.generation):
+            raise Refused(Code.EXISTS, f"{what}, of generation {stream.generation} and in use")
 
-    def _take_in(self, parcel: Parcel, group: Group, now: float) -> None:
+    def _check_states(self, parcels: list[Parcel]) -> None:
+        """Hold the states of streams that came before, and were handed over, against those that come now.
+
+        Raises :class:`Refused` (``exists``): the same number of records is not the same records.
+        """
+        here = [(self._streams.by_handle(parcel.handle), parcel.stream) for parcel in parcels]
+        same = [(stream, saved) for stream, saved in here if stream is not None and stream.fence is None]
+        states = states_of([stream for stream, _ in same if not is_fresh(stream)])
+        for stream, saved in same:
+            if states.get(stream.handle) != saved.state:
+                raise Refused(Code.EXISTS, f"{_is_there(saved)}, with another state after {saved.seq} records")
+
+    def _take_in(self, parcel: Parcel, group: Group, now: float) -> bool:
+        """Whether it comes, and is not here already."""
         stream = self._streams.by_handle(parcel.handle)
         if stream is None:
             stream = self._lifecycle.restore(parcel.handle, parcel.stream, parcel.answers, now)
             # Nothing of it is in the journal yet.
             stream.saved = stream.forgotten
         elif stream.fence is None:
-            return  # it came before, and was handed over
+            return False  # it came before, and was handed over
         else:
             self._lifecycle.renew(stream, parcel.stream, parcel.answers, now)
         if parcel.stream.state is not None:
@@ -148,6 +164,7 @@ class Arriving:
             stream.fence = group
             group.streams.append(stream)
         self._unsaved.note(stream, parcel.stream.state)
+        return True
 
     def admit(self, request: Request, now: float) -> tuple[Any, bytes]:
         """They are this daemon's from now on."""
@@ -180,8 +197,15 @@ class Arriving:
         self._fences.end(group, "dropped")
 
 
-def _check_parcel(parcel: Parcel, lane: Lane) -> None:
-    """Hold a stream against what one can be. Raises :class:`Refused` (``bad_request``)."""
+def _is_there(saved: SavedStream) -> str:
+    return f"there is a stream '{saved.name}' of tenant '{saved.tenant}' already"
+
+
+def _check_parcel(parcel: Parcel, lane: Lane, *, is_run: bool) -> None:
+    """Hold a stream against what one can be. Raises :class:`Refused` (``bad_request``, ``not_finite``).
+
+    ``is_run``: a daemon has just let go of it, so its state is whatever its model made of it.
+    """
     saved = parcel.stream
     if not TENANT_NAME.fullmatch(saved.tenant):
         raise Refused(Code.BAD_REQUEST, f"'{saved.tenant}' cannot be the name of a tenant")
@@ -191,6 +215,11 @@ def _check_parcel(parcel: Parcel, lane: Lane) -> None:
         raise Refused(Code.BAD_REQUEST, f"the numbers of stream '{saved.name}' cannot be")
     if saved.state is not None and len(saved.state) != lane.row_bytes:
         raise Refused(Code.BAD_REQUEST, f"the state of stream '{saved.name}' does not have {lane.row_bytes} bytes")
+    if saved.state is not None and not is_run:
+        try:
+            lane.check_finite(saved.state)
+        except Refused as refusal:
+            raise Refused(refusal.code, f"the state of stream '{saved.name}' holds NaN or infinity") from None
     if len(parcel.answers) != saved.seq - saved.acked:
         raise Refused(Code.BAD_REQUEST, f"answers of stream '{saved.name}' are missing")
     for number, (seq, generation, header, payload) in enumerate(parcel.answers, saved.acked + 1):

@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from recurd.errors import RecurdError, Refused, Unanswered
+from recurd.errors import Code, RecurdError, Refused, Unanswered
 from recurd.fences import FENCE_SECONDS
 from recurd.remote import Remote
 
@@ -37,8 +37,10 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     groups: int
     #: Streams besides that a drain before had left undecided, and that are served by the target now.
     settled: int
+    #: Streams that wait there for a word of another daemon's drain, or of one that this daemon does not remember.
+    undecided: int
     seconds: float
-    #: The longest time for which the streams of a group were closed to their clients.
+    #: The longest time for which the streams of a group were closed to their clients by this drain.
     longest_pause_seconds: float
 
 
@@ -63,7 +65,7 @@ class Drain:
         self._timeout_seconds = timeout_seconds
         self._progress = progress or _ignore
         self._page_bytes = min(source.welcome.max_message_bytes, target.welcome.max_message_bytes) - 65_536
-        self._moved = self._groups = self._settled = 0
+        self._moved = self._groups = self._settled = self._undecided = 0
         self._longest = 0.0
         # Streams of the group that is on its way.
         self._leaving = 0
@@ -79,12 +81,13 @@ class Drain:
             while not self._is_empty():
                 self._move(secrets.token_hex(8))
         except BaseException as error:
-            error.add_note(f"{self._moved + self._settled} streams have moved to {self._target.endpoint}")
+            error.add_note(f"{self._moved + self._settled:,} streams have moved to {self._target.endpoint}")
             raise
         return Report(
             streams=self._moved,
             groups=self._groups,
             settled=self._settled,
+            undecided=self._undecided,
             seconds=round(time.monotonic() - begin, 3),
             longest_pause_seconds=round(self._longest, 4),
         )
@@ -97,12 +100,14 @@ class Drain:
 
     def _settle_former(self) -> None:
         """Decide about what a drain before has left there undecided, as the source says."""
-        for id in self._target.ask("groups")[0]["held"]:
+        for id, held in self._target.ask("groups")[0]["held"].items():
             fate = self._source.ask("fate", group=id)[0]["fate"]
             if fate == "released":
                 self._settled += self._target.ask("admit", group=id)[0]["streams"]
             elif fate == "lifted":
                 self._target.ask("drop", group=id)
+            else:
+                self._undecided += held["streams"]
 
     def _move(self, id: str) -> None:
         """Move the next group, or wait for others to."""
@@ -124,9 +129,9 @@ class Drain:
             self._wait_for_others(report["left"])
             return
         # Before the first state is copied: other weights are told at once.
-        self._import(id, b"", report["stamps"])
+        self._import(id, b"", report)
         for data in pages(self._source, id, self._page_bytes, self._timeout_seconds):
-            self._import(id, data, report["stamps"])
+            self._import(id, data, report)
         released, _ = self._source.ask("release", group=id, **self._redirect)
         if released["fate"] != "released":
             raise DrainError(
@@ -141,18 +146,24 @@ class Drain:
         self._moved += admitted["streams"] or self._leaving
         self._groups += 1
 
-    def _import(self, id: str, data: bytes | memoryview, stamps: Any) -> None:
+    def _import(self, id: str, data: bytes | memoryview, report: dict[str, Any]) -> None:
         try:
-            self._target.ask("import", data, group=id, stamps=stamps, accept_drift=self._accept_drift)
+            self._target.ask("import", data, group=id, stamps=report["stamps"], accept_drift=self._accept_drift)
         except Refused as refusal:
-            raise DrainError(f"{self._target.endpoint} does not take them: {refusal.text}") from refusal
+            error = DrainError(f"{self._target.endpoint} does not take them: {refusal.text}")
+            if refusal.code is Code.WRONG_MODEL and report["former"]:
+                error.add_note(
+                    f"{report['former']:,} of them finish on a former version of their model, since a reload: let them "
+                    f"finish and drain again, or end them ('recurd reload --incompatible restart')"
+                )
+            raise error from refusal
 
     def _wait_for_others(self, left: int) -> None:
         """All streams that are left are on their way already."""
         if left and time.monotonic() > self._advanced_at + max(self._timeout_seconds, FENCE_SECONDS):
             raise DrainError(
                 f"{left} streams of {self._source.endpoint} are on their way with another command, or have arrived "
-                f"there and were never handed over: finish that drain first"
+                f"there and were never handed over: finish that drain first ('recurd state held' shows them)"
             )
         time.sleep(10 * _POLL_SECONDS)
 

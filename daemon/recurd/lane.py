@@ -247,9 +247,13 @@ class Lane:
     def read_state(self, payload: wire.Buffer) -> npt.NDArray[Any]:
         """The row of a state that is given, as bytes. Raises :class:`Refused` for what the model cannot take."""
         row = self.layout.unpack(payload)
+        self.check_finite(row)
+        return np.frombuffer(row, np.uint8)
+
+    def check_finite(self, row: wire.Buffer) -> None:
+        """Hold a state that is given against what the model could have made. Raises :class:`Refused`."""
         if self._states_are_finite and not self.layout.is_finite(row):
             raise Refused(Code.NOT_FINITE, "the state holds NaN or infinity")
-        return np.frombuffer(row, np.uint8)
 
     def spoiled(self, lengths: npt.NDArray[Any], outputs: list[npt.NDArray[Any]]) -> list[int]:
         """Rows of a tick whose results hold NaN or infinity; what stands beyond a row's length is not looked at."""

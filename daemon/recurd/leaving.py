@@ -92,6 +92,7 @@ class Leaving:
         return {
             "streams": len(group.streams),
             "left": len(self._streams),
+            "former": sum(stream.lane.is_former for stream in group.streams),
             "stamps": [ModelStamp(lane.name, lane.stamp) for lane in {stream.lane: None for stream in group.streams}],
         }, b""
 
@@ -99,22 +100,27 @@ class Leaving:
         """The streams that leave next: those without a connection, then those of as many connections as needed.
 
         A client follows with all its streams at once, so they leave together. Those without a connection leave first:
-        a client that has followed may ask for them.
+        a client that has followed may ask for them. What is on a former version of a model comes behind all others of
+        its kind, and not in a group with them: it may be that the other daemon cannot have it.
         """
-        streams = []
+        present: list[Stream] = []
+        former: list[Stream] = []
         for stream in self._streams.all():
             if stream.peer is None and stream.fence is None:
-                streams.append(stream)
-                if len(streams) >= limit:
-                    return streams
-        if streams:
-            return streams
+                (former if stream.lane.is_former else present).append(stream)
+                if len(present) >= limit:
+                    break
+        if present or former:
+            return present or former[:limit]
         for peer in self._peers.all():
             if peer.fence is None:
-                streams += [self._streams.of_handle(handle) for handle in peer.handles]
-            if len(streams) >= limit:
+                streams = [self._streams.of_handle(handle) for handle in peer.handles]
+                group = former if any(stream.lane.is_former for stream in streams) else present
+                if len(group) < limit:
+                    group += streams
+            if len(present) >= limit:
                 break
-        return streams
+        return present or former
 
     def _like(self, wanted: _Gather) -> list[Stream]:
         return [

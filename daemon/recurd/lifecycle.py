@@ -308,6 +308,12 @@ class Lifecycle:
                 generation=stream.generation,
             )
 
+    def check_owner(self, tenant: str, name: str, model: str) -> None:
+        """Raises :class:`Refused` (``forbidden``) where no client could go on with such a stream."""
+        if not self._tenants.is_reachable(tenant):
+            raise Refused(Code.FORBIDDEN, f"tenant '{tenant}' has no key here: nobody could go on with stream '{name}'")
+        self._tenants.rights(tenant).demand_stream(name, model)
+
     def check_room(
         self, lane: Lane, tenant: str, count: int = 1, *, on_lane: int | None = None, replaced: Stream | None = None
     ) -> None:

@@ -11,7 +11,7 @@ and hands them over there, group by group (:mod:`recurd.fences` has the stages):
     admit    they are this daemon's from now on
     drop     they are not
     redirect no stream is left here: send everybody on who asks for one
-    groups   which have arrived and are not decided about
+    groups   which have arrived and are not decided about, with the number of their streams and one of these
     fate     what became of a group
 
 Every command may be given twice.
@@ -84,8 +84,14 @@ class Moving:
         }
 
     def _groups(self, request: Request, now: float) -> tuple[Any, bytes]:
-        """Groups that have arrived here, with the number of their streams."""
-        return {"held": {group.id: sum(1 for _ in group.members()) for group in self._fences.held()}}, b""
+        """Groups that have arrived here."""
+        held: dict[str, dict[str, Any]] = {}
+        for group in self._fences.held():
+            streams = list(group.members())
+            held[group.id] = {"streams": len(streams)}
+            if streams:
+                held[group.id] |= {"tenant": streams[0].tenant, "stream": streams[0].name}
+        return {"held": held}, b""
 
     def _fate(self, request: Request, now: float) -> tuple[Any, bytes]:
         """What became of a group; asking changes nothing for it."""

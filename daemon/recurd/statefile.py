@@ -4,7 +4,7 @@
 ``MODEL/STATE`` one tensor per state of a model, ``[streams, *shape]``: the streams that stand at no fresh start
 ``streams``     JSON as bytes: every stream's tenant, name, handle, numbers, row in its model's tensors, and answers
 ``answers``     the results that were not acknowledged, one after another as bytes
-metadata        ``format`` and ``stamps``: what the streams were run by
+metadata        ``format``, ``stamps`` (what the streams were run by) and ``sha256`` (:func:`digest`)
 =============== ======================================================================================================
 
 Models of which two versions have streams are told apart by their state hash: ``MODEL@HASH/STATE``. Nothing in a file is
@@ -12,11 +12,12 @@ trusted: whatever is in it, reading it ends in streams or in one sentence, and t
 """
 
 import contextlib
+import hashlib
 import math
 import os
 import re
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -132,7 +133,17 @@ def write(path: Path, parcels: Iterable[Parcel], stamps: list[ModelStamp]) -> No
         mine = rows[one.model, one.stamp.state_hash]
         if mine:
             tensors |= _tensors(mine, one, _prefix(one, stamps))
-    _save(path, tensors, {"format": FORMAT, "stamps": msgspec.json.encode(stamps).decode()})
+    in_words = msgspec.json.encode(stamps).decode()
+    _save(path, tensors, {"format": FORMAT, "stamps": in_words, "sha256": digest(tensors, in_words)})
+
+
+def digest(tensors: Mapping[str, Array], stamps: str) -> str:
+    """What tells a damaged file: SHA-256 of the stamps and of every tensor's name and bytes, in order of the names."""
+    sha256 = hashlib.sha256(stamps.encode())
+    for name in sorted(tensors):
+        sha256.update(name.encode())
+        sha256.update(np.ascontiguousarray(tensors[name]).view(np.uint8).data)
+    return sha256.hexdigest()
 
 
 def _tensors(rows: list[bytes], one: ModelStamp, prefix: str) -> dict[str, Array]:
@@ -175,6 +186,8 @@ def read(path: Path) -> tuple[list[Parcel], list[ModelStamp]]:
             if metadata.get("format") != FORMAT or "stamps" not in metadata:
                 raise StateFileError(f"{path}: not a file of streams, or of a later version")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no dictionary
+        if metadata.get("sha256") != digest(tensors, metadata["stamps"]):
+            raise StateFileError(f"{path}: it is damaged: its bytes are not those that were written (SHA-256)")
         stamps = msgspec.json.decode(metadata["stamps"], type=list[ModelStamp])
         entries = msgspec.json.decode(_bytes(tensors, "streams"), type=list[_Entry])
         return _parcels(entries, stamps, tensors), stamps

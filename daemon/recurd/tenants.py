@@ -127,6 +127,7 @@ class Tenants:
         self.is_shared |= users is not None or bool(sections)
         self._sections = dict(sections)
         self._users = None if users is None else dict(users)
+        self._reachable = frozenset({LOCAL, *(users or {}).values()})
         self._known.clear()
         for name, share in self._shares.items():
             share.limit(self.rights(name).limits)
@@ -142,6 +143,10 @@ class Tenants:
             return self.rights(user)
         name = self._users.get(user)
         return None if name is None else self.rights(name)
+
+    def is_reachable(self, name: str) -> bool:
+        """Whether anybody can be this tenant: whoever is not authenticated is ``local``, all others need a key."""
+        return name in self._reachable
 
     def rights(self, name: str) -> Tenant:
         """A tenant's rights: its section's, or the usual ones."""

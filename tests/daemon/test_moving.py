@@ -14,13 +14,14 @@ from hypothesis import strategies as st
 
 from dialogue import Desk, chunk, closing, opening, reset, state
 from moving import Operator
-from recurd.config import Auth, Config, override
+from recurd.config import Auth, Config, Tenant, override
 from recurd.drain import Drain, DrainError
 from recurd.errors import Code, Refused, Unanswered
 from recurd.fences import FENCE_SECONDS
 from recurd.model import Model
 from recurd.saving import Parcel
 from recurd.streams import Stream
+from recurd.tenants import Tenants
 from recurd.wire import Flag, Operation, Type
 from recurrent import Network
 
@@ -222,7 +223,7 @@ def test_who_was_sent_on_finds_the_stream_though_the_operator_died_before_handin
     assert there.connect("x").open("s").code == "busy"
     assert there.connect("c").open("s", mode="resume", generation=1, group="g").type == Type.OPENED
     target = Operator(there)
-    assert target.ask("groups") == {"held": {"g": 1}}
+    assert target.ask("groups") == {"held": {"g": {"streams": 1, "tenant": "local", "stream": "t"}}}
     assert target.ask("drop", group="g") == {"fate": "dropped"}
     assert names(there) == {"s"}
     assert Operator(here).ask("lift", group="g") == {"fate": "released"}
@@ -326,6 +327,7 @@ def test_what_is_there_already_is_not_replaced(here: Desk, there: Desk) -> None:
 
 
 def test_streams_of_two_tenants_keep_apart(here: Desk, there: Desk) -> None:
+    there.tenants.change({}, {"left": "left", "right": "right"})
     for tenant in ("left", "right"):
         caller = here.connect(tenant, tenant=tenant)
         caller.run(chunk(caller.handle("s"), 1, draw(len(tenant), 5)))
@@ -334,8 +336,62 @@ def test_streams_of_two_tenants_keep_apart(here: Desk, there: Desk) -> None:
     move(here, there)
     assert there.connect("l", tenant="left").open("s", mode="resume").body["last_seq"] == 2
     assert there.connect("r", tenant="right").open("s", mode="resume").body["last_seq"] == 1
+    there.tenants.change({}, {"other": "other"})
     assert there.connect("o", tenant="other").open("s", mode="resume").code == "unknown_stream"
     assert here.connect("o", tenant="other").open("s", mode="resume").code == "unknown_stream"
+
+
+def test_streams_do_not_come_to_where_their_clients_may_not(here: Desk, there: Desk) -> None:
+    caller = here.connect(tenant="left")
+    caller.run(chunk(caller.handle("s"), 1, draw(1, 5)))
+    drain = Drain(At(here, A), At(there, B))  # type: ignore[arg-type]
+    with pytest.raises(DrainError, match="tenant 'left' has no key here: nobody could go on with stream 's'"):
+        drain.run()
+    for section in (Tenant(streams=("pump-*",)), Tenant(models=("fan",)), Tenant(rights=("admin",))):
+        there.tenants.change({"left": section}, {"left": "left"})
+        with pytest.raises(DrainError, match=r"tenant 'left' (has|may)"):
+            drain.run()
+    assert (names(here), names(there)) == ({"s"}, set())
+    there.tenants.change({}, {"left": "left"})
+    drain.run()
+    assert (names(here), names(there)) == (set(), {"s"})
+
+
+def test_as_many_records_are_not_the_same_records(here: Desk, there: Desk) -> None:
+    caller, source, target = here.connect("c"), Operator(here), Operator(there)
+    handle = caller.handle("s")
+    caller.run(chunk(handle, 1, draw(1, 5)))
+    stamps = source.ask("gather", group="g")["stamps"]
+    target.ask("import", source.export("g"), group="g", stamps=stamps)
+    target.ask("admit", group="g")
+    follower = there.connect("d")
+    follower.handle("s")
+    for at, seed in ((caller, 2), (follower, 3)):
+        at.run(chunk(handle, 2, draw(seed, 4)))
+    source.ask("gather", group="h")
+    refused = target.reply("import", source.export("h"), group="h", stamps=stamps)
+    assert (refused.code, "with another state after 2 records" in refused.body["text"]) == ("exists", True)
+    for at in (caller, follower):
+        at.run(reset(handle, 3), chunk(handle, 4, draw(4, 3), generation=2))
+    source.ask("gather", group="i")
+    assert target.ask("import", source.export("i"), group="i", stamps=stamps) == {"streams": 0, "stayed": 1}
+    caller.run(reset(handle, 5, generation=2), chunk(handle, 6, draw(4, 3), generation=3))
+    follower.run(chunk(handle, 5, draw(5, 3), generation=2), chunk(handle, 6, draw(5, 3), generation=2))
+    source.ask("gather", group="j")
+    assert target.reply("import", source.export("j"), group="j", stamps=stamps).code == "exists"
+
+
+def test_a_state_out_of_a_file_is_finite(here: Desk, there: Desk) -> None:
+    (first, second), stamps = parcels(here)
+    assert second.stream.state is not None
+    for number in (np.nan, np.inf):
+        state = np.frombuffer(second.stream.state, np.uint8).copy()
+        state[:4] = np.frombuffer(np.float32(number).tobytes(), np.uint8)
+        bad = msgspec.structs.replace(second, stream=msgspec.structs.replace(second.stream, state=state.tobytes()))
+        data = msgspec.msgpack.encode([first, bad])
+        reply = Operator(there).reply("import", data, group="g", stamps=stamps, lasting=False)
+        assert (reply.code, "stream 'b' holds NaN" in reply.body["text"]) == ("not_finite", True)
+        assert names(there) == set()
 
 
 def test_streams_of_other_weights_are_taken_in_only_when_that_is_said(here: Desk, tmp_path: Path) -> None:
@@ -522,6 +578,7 @@ def test_the_room_for_states_is_one_for_all_tenants_that_arrive_together(model: 
     there = Desk(
         {"pump": Model.load(PUMP.save(tmp_path / "pump.onnx"), slots=3, threads=1)},
         override(Config(), {"limits": {"host_state_bytes": 0}}),
+        tenants=Tenants({}, {name: name for name in tenants}),
     )
     report = boss.ask("gather", group="g")
     data = boss.export("g")
@@ -552,10 +609,13 @@ def test_streams_of_a_former_version_keep_only_themselves_from_moving(here: Desk
         desk.engine.replace_model("pump", Model.load(new, slots=8, threads=1), "finish")
     other.take()
     other.handle("new")
+    third = here.connect("third")
+    third.handle("newer")
     here.engine.disconnected(other.routing_id)
-    with pytest.raises(DrainError, match="weights"):
+    with pytest.raises(DrainError, match="weights") as failure:
         Drain(At(here, A), At(there, B)).run()  # type: ignore[arg-type]
-    assert (names(here), names(there)) == ({"old"}, {"new"})
+    assert failure.value.__notes__[0].startswith("1 of them finish on a former version")
+    assert (names(here), names(there)) == ({"old"}, {"new", "newer"})
 
 
 # --- the command, when answers to it are lost ---
@@ -610,5 +670,18 @@ def test_streams_that_a_drain_left_undecided_are_told_by_the_next_one(here: Desk
 
     report = Drain(At(here, A), At(there, B)).run()  # type: ignore[arg-type]
 
-    assert (report.settled, report.streams) == (3, 0)
+    assert (report.settled, report.streams, report.undecided) == (3, 0, 0)
     assert names(there) == {"s0", "s1", "s2"}
+
+
+def test_streams_of_a_drain_that_is_not_remembered_are_told_and_left(here: Desk, there: Desk, model: Model) -> None:
+    here.connect().handle("s")
+    move(here, there, upto="import")
+    another = Desk({"pump": model}, epoch=b"thethird")
+
+    report = Drain(At(another, A), At(there, B)).run()  # type: ignore[arg-type]
+
+    assert (report.streams, report.undecided) == (0, 1)
+    assert there.connect("c").open("s").code == "busy"
+    Operator(there).ask("drop", group="g")
+    assert there.connect("d").open("s").type == Type.OPENED

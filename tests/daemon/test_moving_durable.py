@@ -76,7 +76,7 @@ def test_what_has_arrived_is_still_closed_after_a_restart_and_then_handed_over(
 
     with Daemon(folders[1], models[1]) as there:
         assert there.connect("c").open("s").code == "busy"
-        assert Operator(there).ask("groups") == {"held": {"g": 1}}
+        assert Operator(there).ask("groups") == {"held": {"g": {"streams": 1, "tenant": "local", "stream": "s"}}}
         Operator(there).ask("admit", group="g")
     with Daemon(folders[1], models[1]) as there:
         follower = there.connect("c")
@@ -129,7 +129,7 @@ def test_a_second_try_puts_the_journal_to_where_the_stream_is_now(
                 Operator(here).ask("lift", group=group)
         Operator(here).ask("release", group="second", endpoint=B)
     with Daemon(folders[1], models[1]) as there:
-        assert Operator(there).ask("groups") == {"held": {"second": 1}}
+        assert list(Operator(there).ask("groups")["held"]) == ["second"]
         Operator(there).ask("admit", group="second")
         assert sum(1 for _ in there.durable._journal._env.begin().cursor(there.durable._journal._answers)) == 3
         follower = there.connect("c")

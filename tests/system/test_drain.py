@@ -10,11 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
 import recurd
 from process import Process, eventually
+from recurd.drain import pages
 from recurd.errors import Code, ExitCode, Refused
 from recurd.keys import new
 from recurd.model import Model
@@ -281,9 +283,11 @@ def test_streams_go_through_a_file_and_coming_twice_they_come_once(
             outputs[name] = [stream.push(chunk(name, 1))]
         done = run("state", "export", str(file), "--stream", "hall-*", "--endpoint", here.endpoint)
         assert (done.returncode, done.stdout) == (0, f"2 streams in {file}\n")
-        for _ in range(2):
+        came = f"2 streams given to {there.endpoint}\n"
+        stayed = f"0 streams given to {there.endpoint}, 2 were there already as they stand in the file\n"
+        for said in (came, stayed):
             done = run("state", "import", str(file), "--endpoint", there.endpoint)
-            assert (done.returncode, done.stdout) == (0, f"2 streams given to {there.endpoint}\n"), done.stderr
+            assert (done.returncode, done.stdout) == (0, said), done.stderr
     with recurd.connect(there.endpoint) as client:
         for name in ("hall-3", "hall-4"):
             stream = client.open(name, model="pump", mode="resume")
@@ -301,6 +305,35 @@ def test_streams_go_through_a_file_and_coming_twice_they_come_once(
     file.write_bytes(file.read_bytes()[:200])
     done = run("state", "import", str(file), "--endpoint", there.endpoint)
     assert (done.returncode, done.stderr.count("\n")) == (ExitCode.CONTRACT, 1)
+
+
+def test_who_runs_it_decides_about_streams_that_no_drain_will(daemons: tuple[Process, Process]) -> None:
+    here, there = daemons
+    held = ("state", "held", "--endpoint", there.endpoint)
+    assert run(*held).stdout == "no streams are held\n"
+    with recurd.connect(here.endpoint) as client, Remote(here.endpoint) as source, Remote(there.endpoint) as target:
+        for name in ("kept", "thrown"):
+            stream = client.open(name, model="pump")
+            stream.push(chunk(name, 1))
+            stamps = source.ask("gather", group=name, stream=name)[0]["stamps"]
+            (data,) = pages(source, name, 10**6, 10)
+            target.ask("import", data, group=name, stamps=stamps)
+    assert run(*held).stdout == (
+        "kept  1 streams, 'kept' of tenant 'local' among them\n"
+        "thrown  1 streams, 'thrown' of tenant 'local' among them\n"
+    )
+    assert set(msgspec.json.decode(run(*held, "--json").stdout)) == {"kept", "thrown"}
+    assert run(*held, "--drop", "thrown").stdout == f"1 streams are forgotten by {there.endpoint}\n"
+    assert run(*held, "--admit", "kept").stdout == f"1 streams are served by {there.endpoint}\n"
+    done = run(*held, "--admit", "kept")
+    assert (done.returncode, done.stderr) == (
+        ExitCode.BUG,
+        f"recurd: {there.endpoint} holds no group 'kept', but none\n",
+    )
+    assert run(*held, "--admit", "a", "--drop", "b").returncode == ExitCode.USAGE
+    with recurd.connect(there.endpoint) as client:
+        assert client.open("kept", model="pump", mode="resume").last_seq == 1
+        assert client.open("thrown", model="pump").last_seq == 0
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:

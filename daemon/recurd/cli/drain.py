@@ -58,6 +58,7 @@ def drain(
         raise click.UsageError("name the daemon that takes the streams with --to (or say --cancel, alone)")
     credentials = read_credentials(key, server_key)
     with Remote(endpoint, timeout, credentials) as source:
+        source.ask("groups")  # whether we may, before the other daemon is waited for
         if to is None:
             left = source.ask("redirect")[0]["left"]
             cancelled = msgspec.json.encode({"endpoint": endpoint, "takes_streams": True, "streams": left}).decode()
@@ -79,6 +80,12 @@ def drain(
                 click.echo(line, err=True)
             ctx.exit(ExitCode.DEVICE if isinstance(error, Unanswered) else ExitCode.BUG)
     click.echo(msgspec.json.encode(report).decode() if as_json else _sentence(report, to))
+    if report.undecided:
+        click.echo(
+            f"recurd: {report.undecided:,} streams wait at {to} for the word of another drain: "
+            f"'recurd state held --endpoint {to}' shows them",
+            err=True,
+        )
 
 
 def _sentence(report: Report, to: str) -> str:
@@ -88,5 +95,5 @@ def _sentence(report: Report, to: str) -> str:
         return f"{settled}there was {what}; whoever asks for one is sent to {to} from now on"
     return (
         f"{settled}{report.streams:,} streams moved to {to} in {report.seconds:g} s, in {report.groups:,} groups; "
-        f"no stream paused for longer than {report.longest_pause_seconds * 1000:.3g} ms"
+        f"none was closed to its client for longer than {report.longest_pause_seconds * 1000:,.1f} ms by that"
     )

@@ -3,6 +3,7 @@
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import click
 import msgspec
@@ -43,6 +44,18 @@ that is not is an error. A client that had the stream resumes it there.
 \b
 Exit codes: 0 done, 1 the daemon does not take them, 65 not a file of streams, 69 no daemon or no answer, 77 a key file
 is not good, 130 interrupted.
+"""
+HELD_EPILOG = """\b
+Examples:
+  recurd state held
+  recurd state held --drop 3f9ac1d25e7b8a60
+\b
+Clients of such streams are told to wait ('busy'). Usually the same 'recurd drain' again decides about them, by what the
+daemon says that they came from. Decide yourself only when that one is gone for good: --admit when it had not gone on
+with them, --drop when these copies are to be thrown away and clients may open the streams anew.
+\b
+Exit codes: 0 done, 1 the daemon refused or holds no such group, 69 no daemon or no answer, 77 a key file is not good,
+130 interrupted.
 """
 _ENDPOINT = click.option(
     "--endpoint", default="tcp://127.0.0.1:7070", show_default=True, callback=checked, help="The daemon's address."
@@ -119,9 +132,12 @@ def import_(
     id = secrets.token_hex(8)
     with Remote(endpoint, timeout, read_credentials(key, server_key)) as daemon, bar("giving streams") as progress:
         try:
-            done = 0
+            done = stayed = 0
             for count, data in _packed(parcels, daemon.welcome.max_message_bytes - _MARGIN_BYTES):
-                daemon.ask("import", data, group=id, stamps=stamps, accept_drift=accept_drift, lasting=False)
+                report, _ = daemon.ask(
+                    "import", data, group=id, stamps=stamps, accept_drift=accept_drift, lasting=False
+                )
+                stayed += report["stayed"]
                 done += count
                 progress(done, len(parcels))
             if parcels and daemon.ask("admit", group=id)[0]["fate"] != "admitted":
@@ -131,7 +147,52 @@ def import_(
         except BaseException:
             daemon.ask("drop", group=id)
             raise
-    click.echo(f"{len(parcels):,} streams given to {endpoint}")
+    there = f", {stayed:,} were there already as they stand in the file" if stayed else ""
+    click.echo(f"{len(parcels) - stayed:,} streams given to {endpoint}{there}")
+
+
+@state.command("held", epilog=HELD_EPILOG)
+@click.option("--admit", metavar="GROUP", help="They are this daemon's from now on.")
+@click.option("--drop", metavar="GROUP", help="They are not, and never were.")
+@_ENDPOINT
+@with_keys
+@_TIMEOUT
+@click.option("--json", "as_json", is_flag=True, help="Print the groups as JSON.")
+def held(
+    admit: str | None,
+    drop: str | None,
+    endpoint: str,
+    key: str | None,
+    server_key: str | None,
+    timeout: float,
+    as_json: bool,
+) -> None:
+    """Show the groups of streams that have arrived with a drain and are closed until they are handed over."""
+    check_keys(key, server_key)
+    if admit is not None and drop is not None:
+        raise click.UsageError("--admit or --drop, not both")
+    with Remote(endpoint, timeout, read_credentials(key, server_key)) as daemon:
+        groups = daemon.ask("groups")[0]["held"]
+        id = admit or drop
+        if id is None:
+            _show(groups, as_json=as_json)
+        elif id not in groups:
+            raise RecurdError(f"{endpoint} holds no group '{id}', but {', '.join(sorted(groups)) or 'none'}")
+        else:
+            daemon.ask("drop" if admit is None else "admit", group=id)
+            what = "forgotten by" if admit is None else "served by"
+            click.echo(f"{groups[id]['streams']:,} streams are {what} {endpoint}")
+
+
+def _show(groups: dict[str, dict[str, Any]], *, as_json: bool) -> None:
+    if as_json:
+        click.echo(msgspec.json.encode(groups).decode())
+        return
+    for id, group in sorted(groups.items()):
+        example = f", '{group['stream']}' of tenant '{group['tenant']}' among them" if group["streams"] else ""
+        click.echo(f"{id}  {group['streams']:,} streams{example}")
+    if not groups:
+        click.echo("no streams are held")
 
 
 def _packed(parcels: list[Parcel], max_bytes: int) -> Iterator[tuple[int, bytes]]:
