@@ -117,6 +117,8 @@ class Client(Connection):
 
     async def clone(self, source: "Stream", name: str, *, timeout_seconds: float | None = None) -> "Stream":
         """Start another stream where one stands, and open it; see :meth:`recurd.client.Client.clone`."""
+        if not isinstance(source, Stream):
+            raise TypeError(f"a clone is made of an open stream, not of {source!r}")
         deadline = self._deadline(timeout_seconds)
         await source._carry_out(clone(name), "the clone", timeout_seconds)
         left = math.inf if deadline is None else max(0.0, deadline - self._loop.time())

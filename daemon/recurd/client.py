@@ -169,6 +169,8 @@ class Client(Connection):
         Raises what :meth:`open` and :meth:`Stream.push` raise, and
             Refused: ``exists``: there is a stream of that name.
         """
+        if not isinstance(source, Stream):
+            raise TypeError(f"a clone is made of an open stream, not of {source!r}")
         deadline = self._deadline(timeout_seconds)
         source._carry_out(clone(name), "the clone", deadline)
         left = deadline.left()

@@ -302,8 +302,10 @@ def _check(config: Config) -> None:
         raise ConfigError(f"device: '{config.device}' is not one of auto, cpu, cuda, cuda:0, cuda:1, ...")
     if not config.bind:
         raise ConfigError("bind: at least one endpoint is needed")
-    for endpoint in (*config.bind, *config.publish.bind):
-        check_endpoint(endpoint, insecure=config.insecure or bool(config.auth.key))
+    insecure = config.insecure or bool(config.auth.key)
+    for key, endpoints in (("bind", config.bind), ("publish.bind", config.publish.bind)):
+        for endpoint in endpoints:
+            check_endpoint(endpoint, key=key, insecure=insecure)
     _check_tenants(config)
     if config.durability.mode != "off" and not config.durability.directory:
         raise ConfigError(f"durability.directory: mode '{config.durability.mode}' needs a folder to keep streams in")
@@ -334,23 +336,23 @@ def _check_tenants(config: Config) -> None:
             raise ConfigError(f"tenants.{name}: without auth.key nobody is this tenant, all are 'local'")
 
 
-def check_endpoint(endpoint: str, *, insecure: bool) -> None:
-    """Hold an endpoint of ``bind`` against ``tcp://host:port`` and ``ipc:///path``. Raises :class:`ConfigError`."""
+def check_endpoint(endpoint: str, *, key: str, insecure: bool) -> None:
+    """Hold an endpoint of ``key`` against ``tcp://host:port`` and ``ipc:///path``. Raises :class:`ConfigError`."""
     scheme, _, address = endpoint.partition("://")
     if scheme == "tcp":
-        host, _ = split_address(address, key="bind", shown=endpoint, wildcard=True)
+        host, _ = split_address(address, key=key, shown=endpoint, wildcard=True)
         if not insecure and not _is_loopback(host):
             raise ConfigError(
-                f"bind: '{endpoint}' can be reached from other machines and nobody would be authenticated; set "
+                f"{key}: '{endpoint}' can be reached from other machines and nobody would be authenticated; set "
                 "auth.key (--key), bind to 127.0.0.1 or ipc://, or allow it with 'insecure = true' (--insecure)"
             )
     elif scheme == "ipc":
         if not address.startswith(("/", "@")) or address == "/":
-            raise ConfigError(f"bind: '{endpoint}' needs an absolute path: ipc:///run/recurd/recurd.sock")
+            raise ConfigError(f"{key}: '{endpoint}' needs an absolute path: ipc:///run/recurd/recurd.sock")
         if len(address.encode()) > MAX_IPC_PATH_BYTES:
-            raise ConfigError(f"bind: the path of '{endpoint}' is over {MAX_IPC_PATH_BYTES} bytes")
+            raise ConfigError(f"{key}: the path of '{endpoint}' is over {MAX_IPC_PATH_BYTES} bytes")
     else:
-        raise ConfigError(f"bind: '{endpoint}' is neither tcp://host:port nor ipc:///path")
+        raise ConfigError(f"{key}: '{endpoint}' is neither tcp://host:port nor ipc:///path")
 
 
 def split_address(

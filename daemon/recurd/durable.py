@@ -1,7 +1,7 @@
 """Joins engine, models and journal: nothing leaves before it is saved, and a daemon goes on where the last ended."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -136,6 +136,11 @@ class Durable:
         if not self._engine.halted and not self._journal.is_in_place:
             self._fail(JournalError("the journal's files were deleted or replaced under the running daemon"), now, 0)
             self._retry_at = math.inf
+
+    def withhold(self, routing_ids: Collection[bytes]) -> None:
+        """Drop the answers that wait for connections which may not have them any more."""
+        gone = frozenset(routing_ids)
+        self._held = [(routing_id, frame) for routing_id, frame in self._held if routing_id not in gone]
 
     def due(self) -> list[tuple[bytes, bytes]]:
         """Routing ids and frames that may be sent: what is saved, and refusals while nothing can be."""

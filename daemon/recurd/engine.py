@@ -550,9 +550,12 @@ class Engine:
         """Note that a connection is gone; its streams stay, detached."""
         self._lifecycle.disconnected(routing_id)
 
-    def rights_changed(self) -> None:
-        """Other tenants, rights or keys hold from now on: cut what is not allowed any more."""
-        self._lifecycle.cut()
+    def rights_changed(self) -> list[bytes]:
+        """Other tenants, rights or keys hold from now on: cut what is not allowed any more.
+
+        The routing ids of connections to which nothing may be sent that was due before.
+        """
+        return self._lifecycle.cut()
 
     def drain(self) -> None:
         """Refuse new work from now on; what was accepted is finished as ticks are taken."""

@@ -92,13 +92,18 @@ class Lifecycle:
             # It may be one that another tenant had, and get the answers that are on their way to that one.
             raise Refused(Code.BAD_REQUEST, "a client must not choose its routing id")
 
-    def cut(self) -> None:
-        """Rights have changed: forget connections whose key is not known any more, detach streams no longer allowed."""
+    def cut(self) -> list[bytes]:
+        """Rights have changed: forget connections whose key is not known any more, detach streams no longer allowed.
+
+        The routing ids of those connections.
+        """
+        gone = []
         for peer in self._peers.all():
             rights = self._tenants.of(peer.user)
             if rights is None or rights.name != peer.tenant:
                 peer.frames, peer.records = [], []
                 self._forget_peer(peer)
+                gone.append(peer.routing_id)
                 continue
             peer.rights = rights
             for handle in list(peer.handles):
@@ -108,6 +113,7 @@ class Lifecycle:
                     self._streams.detach(handle)
                     self._stats.streams["attached"] -= 1
                     self._stats.streams["detached"] += 1
+        return gone
 
     def hello(self, header: wire.Header, payload: wire.Buffer, peer: Peer) -> None:
         """HELLO: greet a stranger, or a peer that says it again."""

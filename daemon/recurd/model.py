@@ -6,6 +6,7 @@ chunk's input goes to the device and nothing but the heads comes back.
 
 import contextlib
 import os
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -60,19 +61,27 @@ def _cuda_trouble(device: str) -> str | None:
         opset_imports=[onnx.helper.make_opsetid("", 17)],
         ir_version=8,
     )
-    ort.set_default_logger_severity(4)  # the failed load is told once, by us, not by the runtime on stderr
     try:
-        with contextlib.redirect_stdout(None):  # preload_dlls prints what it does not find
+        # The failed load is told once, by us, not by the runtime on stderr; preload_dlls prints what it does not find.
+        with _quiet(), contextlib.redirect_stdout(None):
             ort.preload_dlls()
-        session = ort.InferenceSession(model.SerializeToString(), _options(1), providers=[_provider(device)])
-        if _CUDA not in session.get_providers():
-            return f"the CUDA libraries or an NVIDIA GPU and its driver are missing; {_WITHOUT_CUDA}"
-        session.run(None, {"x": np.zeros(1, np.float32)})
+            session = ort.InferenceSession(model.SerializeToString(), _options(1), providers=[_provider(device)])
+            if _CUDA not in session.get_providers():
+                return f"the CUDA libraries or an NVIDIA GPU and its driver are missing; {_WITHOUT_CUDA}"
+            session.run(None, {"x": np.zeros(1, np.float32)})
     except Exception as error:  # the runtime raises its own unexported types
         return _first_line(error)
-    finally:
-        ort.set_default_logger_severity(2)
     return None
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Nothing of the runtime's default log on stderr; sessions have their own."""
+    ort.set_default_logger_severity(4)
+    try:
+        yield
+    finally:
+        ort.set_default_logger_severity(2)  # as it is by default: it cannot be asked
 
 
 def _provider(device: str) -> Any:
@@ -238,7 +247,8 @@ class Model:
         zeros = np.zeros((rows, arena.width), arena.dtype)
         if self.device == "cpu":
             return ort.OrtValue.ortvalue_from_numpy(zeros)
-        return ort.OrtValue.ortvalue_from_numpy(zeros, "cuda", int(self.device.partition(":")[2]))
+        with _quiet():  # 1.31 warns at every value on CUDA that no plugin for CUDA is registered; none is needed
+            return ort.OrtValue.ortvalue_from_numpy(zeros, "cuda", int(self.device.partition(":")[2]))
 
     def _make_session(self, model: onnx.ModelProto, threads: int) -> ort.InferenceSession:
         session = ort.InferenceSession(

@@ -360,7 +360,9 @@ class Server:
         self._tenants.change(settings.tenants, users)
         if self._gate is not None:
             self._gate.allowed = self._tenants.users
-        self._engine.rights_changed()
+        gone = self._engine.rights_changed()
+        if self._durable is not None:
+            self._durable.withhold(gone)
         if self._publisher is not None:
             self._publisher.rights_changed(self._poller)
         waiting = config.changed(self._config, settings, {"models", "tenants", "auth", "reload"})

@@ -50,7 +50,7 @@ def bind(socket: Socket, endpoints: Sequence[str], gate: Gate | None) -> list[st
         try:
             socket.bind(endpoint)
         except zmq.ZMQError as error:
-            raise AddressError(f"bind: cannot bind {endpoint}: {os.strerror(error.errno or 0)}") from error
+            raise AddressError(f"cannot bind {endpoint}: {os.strerror(error.errno or 0)}") from error
         bound[endpoint] = socket.getsockopt_string(zmq.LAST_ENDPOINT)
     return [bound[endpoint] for endpoint in endpoints]
 
@@ -68,6 +68,6 @@ def lock(endpoints: Sequence[str], stack: ExitStack) -> None:
             file = stack.enter_context(open(f"{path}.lock", "w"))  # noqa: SIM115  # the stack closes it
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise AddressError(f"bind: cannot bind ipc://{path}: another process serves it") from error
+            raise AddressError(f"cannot bind ipc://{path}: another process serves it") from error
         except OSError as error:
-            raise AddressError(f"bind: cannot bind ipc://{path}: {error.strerror}") from error
+            raise AddressError(f"cannot bind ipc://{path}: {error.strerror}") from error

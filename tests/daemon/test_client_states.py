@@ -84,6 +84,11 @@ def test_a_clone_goes_its_own_way(client: recurd.Client, stream: recurd.Stream) 
     assert (total(clone), total(stream)) == (58.0, 1057.0)
 
 
+def test_a_clone_is_made_of_a_stream_not_of_a_name(client: recurd.Client, stream: recurd.Stream) -> None:
+    with pytest.raises(TypeError, match=f"not of '{stream.name}'"):
+        client.clone(stream.name, "clone")  # type: ignore[arg-type]
+
+
 def test_clones_under_load_stand_each_in_its_place(client: recurd.Client, stream: recurd.Stream) -> None:
     others = [client.open(f"{stream.name} other {n}", model="sum") for n in range(20)]
     load = [other.submit(np.ones((50, 1))) for other in others for _ in range(5)]

@@ -172,6 +172,8 @@ def test_binding_beyond_loopback_needs_to_be_asked_for(tmp_path: Path, host: str
     config = load(write(tmp_path, f"insecure = true\nbind = ['tcp://{host}:7070']"))
 
     assert config.bind == (f"tcp://{host}:7070",)
+    with pytest.raises(ConfigError, match=r" publish\.bind: .*nobody would be authenticated"):
+        load(write(tmp_path, f"[publish]\nbind = ['tcp://{host}:7071']"))
 
 
 @pytest.mark.parametrize("endpoint", ["tcp://127.0.0.1:*", "tcp://localhost:0", "tcp://[::1]:7070", "ipc:///run/x"])

@@ -921,3 +921,21 @@ def test_what_is_sent_again_while_nothing_can_be_saved_is_not_refused(daemon: Da
 
     assert (first, again) == ([], [])
     assert (result.type, Flag.DUPLICATE in result.flags) == (Type.RESULT, False)
+
+
+def test_who_loses_its_key_while_nothing_can_be_saved_is_not_told_what_waited(daemon: Daemon) -> None:
+    daemon.tenants.change({}, {"left": "left", "right": "right"})
+    left, right = daemon.connect("l", tenant="left"), daemon.connect("r", tenant="right")
+    handles = [caller.handle("s") for caller in (left, right)]
+    with full_disk(daemon):
+        for caller, handle in zip((left, right), handles, strict=True):
+            caller.send(chunk(handle, 1, draw(1, 5)))
+        daemon.run()
+        assert left.take() == right.take() == []
+        daemon.tenants.change({}, {"right": "right"})
+        daemon.durable.withhold(daemon.engine.rights_changed())
+    daemon.now += RETRY_SECONDS
+    daemon.tick()
+    daemon.sort()
+    assert left.take() == []
+    assert [reply.type for reply in right.take()] == [Type.RESULT]
