@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from recurd.model import Model
+from recurd.verify import Runner
 
 Array = npt.NDArray[Any]
 
@@ -13,15 +14,17 @@ Array = npt.NDArray[Any]
 class Witness:
     """One stream in a model of its own. Owns a slot of it."""
 
-    def __init__(self, model: Model, slot: int = 0) -> None:
+    def __init__(self, model: Model, slot: int = 0, *, runner: Runner | None = None) -> None:
+        """``runner`` runs the ticks, where the model does not do that as it is."""
         self._model = model
+        self._runner = runner or model
         self._slots = np.array([slot], np.int64)
         self._fresh = True
 
     def run(self, x: Array) -> bytes:
         """The next chunk ``[steps, *shape]``; what its RESULT must hold."""
         lengths, input = np.array([len(x)], np.int32), np.ascontiguousarray(x[None])
-        heads = self._model.run(self._slots, np.array([self._fresh]), lengths, input)
+        heads = self._runner.run(self._slots, np.array([self._fresh]), lengths, input)
         self._fresh = False
         return b"".join(head.tobytes() for head in heads)
 

@@ -266,7 +266,7 @@ def _golden_check(model: "Model", proof: Proof) -> Check:
         raise ContractError(f"the golden run of model '{name}' cannot be replayed: {text or type(error)}") from error
 
 
-class _Filled:
+class Filled:
     """A model whose every tick has one shape."""
 
     def __init__(self, model: "Model", shape: "Shape") -> None:
@@ -292,7 +292,7 @@ def is_bit_exact(model: "Model", rows: int, shape: "Shape | None" = None) -> boo
     longest = max(RAGGED) if shape is None else shape.steps
     lengths = [min(RAGGED[row % len(RAGGED)], longest) for row in range(min(rows, model.slots))]
     few = lengths[: len(RAGGED)]
-    runner: Runner = model if shape is None else _Filled(model, shape)
+    runner: Runner = model if shape is None else Filled(model, shape)
     random = np.random.default_rng(0)
     streams = Inputs.of(model.contract).draw(lengths, random)
     try:
