@@ -36,6 +36,7 @@ ANSWER_SECONDS = 600.0
 CONFIG = """
 [limits]
 streams = {streams}
+queued_seconds = 600
 host_state_bytes = 1000000000000
 """
 #: How many ticks had to page in, for how long altogether, and how many streams.

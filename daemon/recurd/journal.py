@@ -378,11 +378,15 @@ def _noted(folder: Path) -> int:
 
 
 def _open(folder: Path, *, sync: bool = True) -> lmdb.Environment:
-    size = (folder / "data.mdb").stat().st_size if (folder / "data.mdb").exists() else 0
+    data = folder / "data.mdb"
+    is_new = not data.exists()
+    size = 0 if is_new else data.stat().st_size
     try:
-        # Not writemap: a full disk would end the process with SIGBUS instead of an error.
+        # A full disk would end a process that writes to a mapped file with SIGBUS instead of an error: so no writemap,
+        # and no lock file of LMDB's own. One thread of one process has the folder, and reads nothing while it writes.
         return lmdb.open(
             str(folder),
+            lock=False,
             max_dbs=len(_TABLES),
             map_size=max(_FIRST_MAP_BYTES, 2 * size),
             sync=sync,
@@ -392,6 +396,8 @@ def _open(folder: Path, *, sync: bool = True) -> lmdb.Environment:
             mode=0o600,
         )
     except lmdb.Error as error:
+        if is_new:  # on a full disk an empty file is made, which would be taken for one that lost all it had
+            data.unlink(missing_ok=True)
         raise JournalError(f"{folder}: cannot be opened: {_words(error)}") from error
 
 

@@ -28,6 +28,7 @@ Array = npt.NDArray[Any]
 
 _CUDA = "CUDAExecutionProvider"
 _CPU = "CPUExecutionProvider"
+_FIRST_CUDA = "cuda:0"
 #: With float16 weights in front of a MatMul this one makes onnxruntime 1.31 crash on the CPU while it loads.
 DISABLED_OPTIMIZERS = ["FuseFp16InitializerToFp32NodeTransformer"]
 _WITHOUT_CUDA = "recurd may be installed without the extra 'cuda' (pip install '.[cuda]' in a checkout)"
@@ -41,7 +42,7 @@ def resolve_device(wanted: str) -> tuple[str, str | None]:
     """
     if wanted == "cpu":
         return "cpu", None
-    device = "cuda:0" if wanted in ("auto", "cuda") else wanted
+    device = _FIRST_CUDA if wanted in ("auto", "cuda") else wanted
     reason = _cuda_trouble(device)
     if reason is None:
         return device, None
@@ -109,9 +110,9 @@ class Model:
     def __init__(self, model: onnx.ModelProto, contract: Contract, *, device: str, slots: int, threads: int) -> None:
         """Build the session and the arenas, ``slots`` rows each."""
         self.contract = contract
-        self.device = device
+        self.device = _FIRST_CUDA if device == "cuda" else device
         self.slots = slots
-        self._scatter: graph.Scatter = "rows" if device == "cpu" else "elements"
+        self._scatter: graph.Scatter = "rows" if self.device == "cpu" else "elements"
         # One row more than there are slots, for rows that only fill up a tick.
         self._arenas = [(arena, self._allocate(arena, slots + 1)) for arena in graph.arenas(contract)]
         self._session = self._make_session(graph.wrap(model, contract, self._scatter), threads)
@@ -126,7 +127,7 @@ class Model:
 
     @classmethod
     def load(cls, path: str | Path, *, device: str = "cpu", slots: int = 1024, threads: int = 0) -> "Model":
-        """Load a contract file. ``threads`` 0 means all cores.
+        """Load a contract file onto ``cpu``, ``cuda`` or ``cuda:N``. ``threads`` 0 means all cores.
 
         Raises :class:`ContractError` or :class:`DeviceError`, one sentence each.
         """

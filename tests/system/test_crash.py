@@ -105,17 +105,21 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", folder], check=True)
 
 
-def test_a_disk_that_is_full_at_the_start_is_no_damage(pump: Path, small_disk: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_new", [True, False])
+def test_a_disk_that_is_full_at_the_start_is_no_damage(
+    pump: Path, small_disk: Path, tmp_path: Path, is_new: bool
+) -> None:
     folder = small_disk / "journal"
-    with contextlib.closing(Journal(folder, "process")):
-        pass
+    if not is_new:
+        with contextlib.closing(Journal(folder, "process")):
+            pass
     with (small_disk / "filler").open("wb", buffering=0) as filler, contextlib.suppress(OSError):
         while filler.write(bytes(4096)):
             pass
     with serve(tmp_path, pump, folder) as daemon:
         assert daemon.wait() == ExitCode.JOURNAL
         last = daemon.log.rstrip().splitlines()[-1]
-    assert last == f"recurd: {folder}: cannot be written: No space left on device"
+    assert last == f"recurd: {folder}: cannot be {'opened' if is_new else 'written'}: No space left on device"
     (small_disk / "filler").unlink()
     with serve(tmp_path, pump, folder) as daemon:
         daemon.ready()
