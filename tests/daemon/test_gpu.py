@@ -5,8 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from recurd.config import Tick
 from recurd.errors import DeviceError
 from recurd.model import Model, resolve_device
+from recurd.scheduler import Shape
+from recurd.verify import is_bit_exact
 from recurrent import Network
 
 pytestmark = pytest.mark.gpu
@@ -69,3 +72,9 @@ def test_a_tick_on_cuda_leaves_the_rows_of_others_untouched(device: str, model_p
     for name in before:
         np.testing.assert_array_equal(after[name][others], before[name][others])
         assert (after[name][chosen] != before[name][chosen]).any()
+
+
+def test_in_ticks_of_one_shape_nobody_notices_on_cuda_who_shares_them(device: str, model_path: Path) -> None:
+    """Bit for bit, as a strict daemon tries at its start; without one shape it holds on the CPU alone."""
+    model = Model.load(model_path, device=device, slots=64)
+    assert is_bit_exact(model, 64, Shape.of(model.contract, Tick(rows=64, steps=20, strict=True), model.slots))
