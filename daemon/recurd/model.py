@@ -248,16 +248,16 @@ class Model:
         zeros = np.zeros((rows, arena.width), arena.dtype)
         if self.device == "cpu":
             return ort.OrtValue.ortvalue_from_numpy(zeros)
-        with _quiet():  # 1.31 warns at every value on CUDA that no plugin for CUDA is registered; none is needed
-            return ort.OrtValue.ortvalue_from_numpy(zeros, "cuda", int(self.device.partition(":")[2]))
+        return ort.OrtValue.ortvalue_from_numpy(zeros, "cuda", int(self.device.partition(":")[2]))
 
     def _make_session(self, model: onnx.ModelProto, threads: int) -> ort.InferenceSession:
-        session = ort.InferenceSession(
-            model.SerializeToString(),
-            _options(threads),
-            providers=[_provider(self.device)],
-            disabled_optimizers=DISABLED_OPTIMIZERS,
-        )
+        with _quiet():  # since 1.26 every session on CUDA warns that no plugin is registered for it, and none has to be
+            session = ort.InferenceSession(
+                model.SerializeToString(),
+                _options(threads),
+                providers=[_provider(self.device)],
+                disabled_optimizers=DISABLED_OPTIMIZERS,
+            )
         if self.device != "cpu" and _CUDA not in session.get_providers():
             raise DeviceError(f"the session on '{self.device}' fell back to the CPU")
         return session

@@ -1,6 +1,8 @@
 """What every error can do."""
 
 import pickle
+import re
+from pathlib import Path
 
 import pytest
 
@@ -19,3 +21,9 @@ def test_an_error_survives_its_way_out_of_a_worker_process(error: Refused | Brok
 
     assert type(again) is type(error)
     assert (str(again), vars(again)) == (str(error), vars(error))
+
+
+@pytest.mark.parametrize("page", ["operations.md", "protocol.md"])
+def test_every_code_is_explained_to_operators_and_to_those_who_write_clients(page: str) -> None:
+    text = (Path(__file__).parents[2] / "docs" / page).read_text()
+    assert [code.word for code in Code if not re.search(rf"^\|.*\b{code.word}\b.*\|", text, re.MULTILINE)] == []
