@@ -206,7 +206,7 @@ def run(
     """The whole of it."""
     tick = Tick(rows=64, steps=MAX_STEPS, strict=True) if strict else Tick()
     reference = Model.load(model, slots=1, threads=1, device=resolve_device(device)[0])
-    shape = Shape.of(reference.contract, tick, reference.slots)
+    shape = Shape.of(reference, tick)
     runner = reference if shape is None else Filled(reference, shape)
     scripts = [Script(reference.contract, seed, number) for number in range(streams)]
     begin = time.monotonic()

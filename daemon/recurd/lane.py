@@ -88,11 +88,11 @@ class Lane:
         self._max_streams = device.slots + config.limits.host_state_bytes // device.row_bytes
         self.stats = stats
         #: The shape of every tick, where there is only one; then it costs nothing to put rows of any length together.
-        self.shape = Shape.of(contract, config.tick, device.slots)
+        self.shape = Shape.of(device, config.tick)
         self.scheduler = Scheduler(
             contract,
             max_rows=min(config.tick.rows, device.slots),
-            max_steps=config.tick.steps,
+            max_steps=config.tick.steps if self.shape is None else self.shape.steps,
             padding_ratio=config.tick.padding_ratio if self.shape is None else 1.0,
         )
         self._room = room

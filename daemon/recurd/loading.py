@@ -55,8 +55,7 @@ def load(entry: config.Model, settings: config.Config, device: str) -> Loaded:
     if fingerprint(entry.path) != mark:
         raise ContractError(f"{entry.path}: it was written while it was read; try again when it is whole")
     error = verify.replay_golden(model)
-    shape = Shape.of(model.contract, settings.tick, slots)
-    bit_exact = verify.is_bit_exact(model, settings.tick.rows, shape)
+    bit_exact = verify.is_bit_exact(model, settings.tick.rows, Shape.of(model, settings.tick))
     first = np.zeros(1, np.int64)
     model.write_rows(first, model.rows(first))
     return Loaded(

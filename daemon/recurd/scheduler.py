@@ -27,6 +27,7 @@ from recurd.streams import Chunk, Stream
 from recurd.turns import Turns
 
 if TYPE_CHECKING:
+    from recurd.arena import Device
     from recurd.lane import Lane
 
 Array = npt.NDArray[Any]
@@ -77,15 +78,19 @@ class Shape(NamedTuple):
     scratch: int
 
     @classmethod
-    def of(cls, contract: Contract, settings: config.Tick, slots: int) -> "Shape | None":
-        """``None`` where ticks are as large as they need to be. Raises :class:`ConfigError`."""
+    def of(cls, device: "Device", settings: config.Tick) -> "Shape | None":
+        """``None`` where ticks are as large as they need to be. Raises :class:`ConfigError`.
+
+        On a GPU ticks have one step: of more, kernels are chosen step by step for the rows that are long enough.
+        """
         if not settings.strict:
             return None
-        if not contract.causal:
+        if not device.contract.causal:
+            name = device.contract.name
             raise ConfigError(
-                f"tick.strict: model '{contract.name}' looks ahead inside a chunk, which cannot be cut to one shape"
+                f"tick.strict: model '{name}' looks ahead inside a chunk, which cannot be cut to one shape"
             )
-        return cls(settings.rows, settings.steps, slots)
+        return cls(settings.rows, settings.steps if device.stamp.device == "cpu" else 1, device.slots)
 
     def fill(self, slots: Array, fresh: Array, lengths: Array, input: Array) -> tuple[Array, Array, Array, Array]:
         """A tick's arrays, as ``Model.run`` takes them, filled up with steps that the model takes."""

@@ -82,13 +82,21 @@ def together(lengths: Sequence[int]) -> Plan:
     return [[Piece(stream, 0, length) for stream, length in enumerate(lengths)]]
 
 
+def sliced(lengths: Sequence[int], steps: int) -> Plan:
+    """All streams together, so many steps of each a tick."""
+    return [
+        [Piece(stream, start, min(start + steps, length)) for stream, length in enumerate(lengths) if start < length]
+        for start in range(0, max(lengths), steps)
+    ]
+
+
 def alone(plan: Plan) -> Plan:
     """The same pieces, every one in a tick of its own."""
     return [[piece] for tick in plan for piece in tick]
 
 
-def chunked(lengths: Sequence[int], random: np.random.Generator) -> Plan:
-    """Streams cut at random; in every tick a random choice of the streams advances."""
+def chunked(lengths: Sequence[int], random: np.random.Generator, steps: int = 6) -> Plan:
+    """Streams cut at random, to at most so many steps; in every tick a random choice of the streams advances."""
     left = dict.fromkeys(range(len(lengths)), 0)
     plan: Plan = []
     while left:
@@ -96,7 +104,7 @@ def chunked(lengths: Sequence[int], random: np.random.Generator) -> Plan:
         tick = []
         for stream in chosen:
             start = left.pop(stream)
-            stop = min(lengths[stream], start + int(random.integers(1, 7)))
+            stop = min(lengths[stream], start + int(random.integers(1, steps + 1)))
             tick.append(Piece(stream, start, stop))
             if stop < lengths[stream]:
                 left[stream] = stop
@@ -290,16 +298,16 @@ def is_bit_exact(model: "Model", rows: int, shape: "Shape | None" = None) -> boo
     slots are left with states in them.
     """
     longest = max(RAGGED) if shape is None else shape.steps
-    lengths = [min(RAGGED[row % len(RAGGED)], longest) for row in range(min(rows, model.slots))]
+    lengths = [RAGGED[row % len(RAGGED)] for row in range(min(rows, model.slots))]
     few = lengths[: len(RAGGED)]
     runner: Runner = model if shape is None else Filled(model, shape)
     random = np.random.default_rng(0)
     streams = Inputs.of(model.contract).draw(lengths, random)
     try:
-        single = drive(runner, streams[: len(few)], alone(together(few)))
-        others = [drive(runner, streams, together(lengths))]
+        single = drive(runner, streams[: len(few)], alone(sliced(few, longest)))
+        others = [drive(runner, streams, sliced(lengths, longest))]
         if model.contract.causal:
-            others.append(drive(runner, streams[: len(few)], chunked(few, random)))
+            others.append(drive(runner, streams[: len(few)], chunked(few, random, min(6, longest))))
     except Exception:  # it does not take any number, and brings no golden run with steps that it takes
         return False
     return all(

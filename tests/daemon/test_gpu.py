@@ -77,4 +77,4 @@ def test_a_tick_on_cuda_leaves_the_rows_of_others_untouched(device: str, model_p
 def test_in_ticks_of_one_shape_nobody_notices_on_cuda_who_shares_them(device: str, model_path: Path) -> None:
     """Bit for bit, as a strict daemon tries at its start; without one shape it holds on the CPU alone."""
     model = Model.load(model_path, device=device, slots=64)
-    assert is_bit_exact(model, 64, Shape.of(model.contract, Tick(rows=64, steps=20, strict=True), model.slots))
+    assert is_bit_exact(model, 64, Shape.of(model, Tick(rows=64, steps=20, strict=True)))

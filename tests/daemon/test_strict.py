@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -98,7 +99,7 @@ def test_a_model_that_looks_ahead_is_refused_in_one_sentence(tmp_path: Path) -> 
     both = BOTH.save(tmp_path / "both.onnx")
     (tmp_path / "recurd.toml").write_text("[tick]\nstrict = true\n")
     with pytest.raises(ConfigError, match="tick.strict: model 'both' looks ahead"):  # noqa: RUF043
-        Shape.of(Model.load(both, slots=2).contract, STRICT, 2)
+        Shape.of(Model.load(both, slots=2), STRICT)
     with Process(tmp_path, both, "--bind", "tcp://127.0.0.1:0", "--config", tmp_path / "recurd.toml") as daemon:
         assert daemon.wait() == ExitCode.CONFIG
         assert "tick.strict: model 'both' looks ahead inside a chunk" in daemon.log
@@ -127,6 +128,28 @@ def test_what_depends_on_the_shape_alone_is_bit_exact_where_there_is_one_shape(
     assert is_bit_exact(by_shape, rows, Shape(rows, steps, model.slots))
     assert not is_bit_exact(by_shape, 6)
     assert is_bit_exact(model, rows, Shape(rows, steps, model.slots))
+
+
+class OnGpu(ByShape):
+    """A model whose last bit depends on how many rows are long enough for a step, as cuDNN's does."""
+
+    def __init__(self, model: Model) -> None:
+        super().__init__(model)
+        self.stamp = msgspec.structs.replace(model.stamp, device="cuda")
+
+    def run(self, slots: Any, fresh: Any, lengths: Any, input: Any) -> Any:
+        outputs = self._model.run(slots, fresh, lengths, input)
+        rows = (lengths[None] > np.arange(input.shape[1])[:, None]).sum(axis=1)
+        return [output * (1 + rows[None, :, None] * np.float32(1e-6)) for output in outputs]
+
+
+def test_on_a_gpu_only_ticks_of_one_step_are_all_alike(model: Model) -> None:
+    on_gpu: Any = OnGpu(model)
+
+    assert Shape.of(model, STRICT) == (6, 5, model.slots)
+    assert Shape.of(on_gpu, STRICT) == (6, 1, model.slots)
+    assert not is_bit_exact(on_gpu, 6, Shape(6, 20, model.slots))
+    assert is_bit_exact(on_gpu, 6, Shape.of(on_gpu, STRICT))
 
 
 def test_clients_are_told_that_a_strict_daemon_is_bit_exact(tmp_path: Path) -> None:
