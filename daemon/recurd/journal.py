@@ -6,9 +6,11 @@ been told stands on disk, and what it was not told has not happened.
 
 ``process``: commits are in the page cache and survive the death of the process. ``power``: each is synced to the disk.
 
-The store is a folder with an LMDB environment of four tables: ``meta`` (format, number of commits, and one
-:class:`~recurd.saving.Stamp` a version of a model), ``streams`` (by handle), ``answers`` (by handle and seq) and
-``endings`` (how streams ended, in that order, so that who comes late is told by the next daemon too).
+The store is a folder with an LMDB environment of five tables: ``meta`` (format, number of commits, and one
+:class:`~recurd.saving.Stamp` a version of a model), ``streams`` (by handle, what seldom changes), ``states`` (by
+handle, what every record changes: numbers, answers, state), ``answers`` (by handle and seq, those that are too much to
+be written with every state) and ``endings`` (how streams ended, in that order, so that who comes late is told by the
+next daemon too).
 
 LMDB trusts what it reads. So every value starts with the CRC-32 of its key and itself, and the number of commits stands
 in ``recurd.lock`` too: damage to the page that names the last transaction would make LMDB go on from the one before it
@@ -22,7 +24,7 @@ import struct
 import subprocess
 import sys
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,11 +32,23 @@ import lmdb
 import msgspec
 
 from recurd.errors import JournalError
-from recurd.saving import SavedAnswer, SavedStream, Saving, Stamp, new_answers, old_answers
-from recurd.streams import Ended
+from recurd.saving import (
+    SavedAnswer,
+    SavedStream,
+    Saving,
+    Stamp,
+    apart,
+    beside,
+    forgotten,
+    generation_of,
+    held_by,
+    identity,
+)
+from recurd.streams import Ended, Stream
+from recurd.wire import Buffer
 
-_FORMAT = b"3"
-_TABLES = (b"meta", b"streams", b"answers", b"endings")
+_FORMAT = b"4"
+_TABLES = (b"meta", b"streams", b"states", b"answers", b"endings")
 _FORMAT_KEY = b"format"
 _COMMITS_KEY = b"commits"
 _STAMP_PREFIX = b"model:"
@@ -46,8 +60,25 @@ _COMMITS = struct.Struct("<Q")
 _NOTE_DIGITS = 20
 _HANDLE = struct.Struct(">Q")
 _ANSWER = struct.Struct(">QQ")
-#: Format (CRC aside) of an answer's value: its generation and the length of its header.
+#: Head (CRC aside) of an answer apart: its generation and the length of its header.
 _ANSWER_HEAD = struct.Struct("<IH")
+#: Head (CRC aside) of a state: seq, acked, seq up to which answers stand apart, generation, number of answers, and
+#: whether there is a state, or the stream starts from the initial one.
+_STATE_HEAD = struct.Struct("<QQQIH?")
+#: Of an answer in it: seq, generation, lengths of header and payload.
+_BESIDE_HEAD = struct.Struct("<QIHI")
+
+
+class _Identity(msgspec.Struct, frozen=True, array_like=True):
+    """What seldom changes of a stream; see :class:`~recurd.saving.SavedStream`."""
+
+    tenant: str
+    name: str
+    model: str
+    version: str
+    first_generation: int
+    idle_timeout: float
+    held: str
 
 
 class Journal:
@@ -63,7 +94,7 @@ class Journal:
             self._env = _open(folder, sync=mode == "power")
             self._data = os.stat(folder / "data.mdb")
             with self._write() as transaction:
-                self._meta, self._streams, self._answers, self._endings = (
+                self._meta, self._streams, self._states, self._answers, self._endings = (
                     self._env.open_db(name, txn=transaction) for name in _TABLES
                 )
                 self._check_format(transaction)
@@ -122,7 +153,7 @@ class Journal:
         Raises :class:`JournalError` for a store that is damaged.
         """
         with self._read() as transaction:
-            in_use = {(stream.model, stream.version) for _, stream in self._read_streams(transaction)}
+            in_use = {(stream.model, stream.version) for _, stream in self._read_identities(transaction)}
             return {
                 (name, version): self._read_stamp(transaction, _stamp_key(name, version), name)
                 for name, version in sorted(in_use)
@@ -193,12 +224,13 @@ class Journal:
         Raises :class:`JournalError` for a store that is damaged.
         """
         with self._read() as transaction:
-            answers: dict[int, list[SavedAnswer]] = {}
+            apart: dict[int, list[SavedAnswer]] = {}
             for handle, answer in self._read_answers(transaction):
-                answers.setdefault(handle, []).append(answer)
-            for handle, stream in self._read_streams(transaction):
-                retained = [answer for answer in answers.get(handle, []) if stream.acked < answer[0] <= stream.seq]
-                yield handle, stream, retained
+                apart.setdefault(handle, []).append(answer)
+            for handle, identity in self._read_identities(transaction):
+                stream, beside = _stream(identity, self._read_state(transaction, handle))
+                answers = [one for one in apart.get(handle, []) if one[0] <= stream.apart] + beside
+                yield handle, stream, [one for one in answers if one[0] > stream.acked]
 
     def endings(self) -> Iterator[tuple[int, Ended]]:
         """Handles of streams that ended, and how, the first one first. Raises :class:`JournalError`."""
@@ -214,18 +246,20 @@ class Journal:
         states = []
         with self._read() as transaction:
             for handle in handles:
-                key = _HANDLE.pack(handle)
-                value = _unpack(key, transaction.get(key, db=self._streams), f"stream {handle}")
-                state = msgspec.msgpack.decode(value, type=SavedStream).state
+                state = _state(self._read_state(transaction, handle))[-1]
                 if state is None:
                     raise JournalError(f"the journal is damaged: stream {handle} has no state")
                 states.append(state)
         return states
 
-    def _read_streams(self, transaction: Any) -> Iterator[tuple[int, SavedStream]]:
+    def _read_identities(self, transaction: Any) -> Iterator[tuple[int, _Identity]]:
         for key, value in transaction.cursor(db=self._streams):
             (handle,) = _HANDLE.unpack(key)
-            yield handle, msgspec.msgpack.decode(_unpack(key, value, f"stream {handle}"), type=SavedStream)
+            yield handle, msgspec.msgpack.decode(_unpack(key, value, f"stream {handle}"), type=_Identity)
+
+    def _read_state(self, transaction: Any, handle: int) -> bytes:
+        key = _HANDLE.pack(handle)
+        return _unpack(key, transaction.get(key, db=self._states), f"the state of stream {handle}")
 
     def _read_answers(self, transaction: Any) -> Iterator[tuple[int, SavedAnswer]]:
         for key, value in transaction.cursor(db=self._answers):
@@ -242,23 +276,14 @@ class Journal:
 
         Raises :class:`JournalError` when it cannot be written; then it is to be given again, and may be.
         """
-        streams = [
-            _entry(_HANDLE.pack(s.handle), msgspec.msgpack.encode(SavedStream.of(s, states.get(s.handle))))
-            for s in saving.streams
-        ]
-        answers = [
-            _entry(_ANSWER.pack(stream.handle, answer[0]), _answer_value(answer))
-            for stream in saving.streams
-            for answer in new_answers(stream)
-        ]
-        gone = [_ANSWER.pack(stream.handle, seq) for stream in saving.streams for seq in old_answers(stream)]
-        for stream, _ in saving.ended:
-            gone += [_ANSWER.pack(stream.handle, seq) for seq in range(stream.forgotten + 1, stream.saved + 1)]
-        ended = [_HANDLE.pack(stream.handle) for stream, _ in saving.ended]
-        endings = [msgspec.msgpack.encode((s.handle, how)) for s, how in saving.ended if how is not None]
+        changes = _Changes()
+        for stream in saving.streams:
+            changes.add(stream, states.get(stream.handle))
+        for stream, how in saving.ended:
+            changes.end(stream, how)
         while True:
             try:
-                self._put(streams, answers, gone, ended, endings)
+                self._put(changes)
                 break
             except lmdb.MapFullError:
                 self._grow()
@@ -274,24 +299,20 @@ class Journal:
         except OSError as error:
             raise JournalError(f"{self._folder}: cannot be written: {error.strerror}") from error
 
-    def _put(
-        self,
-        streams: Iterable[tuple[bytes, bytes]],
-        answers: Iterable[tuple[bytes, bytes]],
-        gone: Iterable[bytes],
-        ended: Iterable[bytes],
-        endings: list[bytes],
-    ) -> None:
+    def _put(self, changes: "_Changes") -> None:
         with self._env.begin(write=True) as transaction:
             # First what is gone: a stream may come back, from another daemon, in the round in which it ended.
-            for key in gone:
+            for key in changes.gone:
                 transaction.delete(key, db=self._answers)
-            for key in ended:
+            for key in changes.ended:
                 transaction.delete(key, db=self._streams)
-            transaction.cursor(db=self._streams).putmulti(streams)
-            transaction.cursor(db=self._answers).putmulti(answers)
-            if endings:
-                self._remember(transaction, endings)
+                transaction.delete(key, db=self._states)
+            transaction.cursor(db=self._states).putmulti(changes.states)
+            for table, entries in ((self._streams, changes.streams), (self._answers, changes.answers)):
+                if entries:
+                    transaction.cursor(db=table).putmulti(entries)
+            if changes.endings:
+                self._remember(transaction, changes.endings)
             number = _pack(_COMMITS_KEY, _COMMITS.pack(self._commits + 1))
             transaction.put(_COMMITS_KEY, number, db=self._meta)
 
@@ -311,9 +332,91 @@ class Journal:
             raise JournalError(f"{self._folder}: cannot grow: {_words(error)}") from error
 
 
-def _answer_value(answer: SavedAnswer) -> bytes:
-    _, generation, header, payload = answer
-    return _ANSWER_HEAD.pack(generation, len(header)) + header + payload
+class _Changes:
+    """What a transaction writes: keys and values by table, and keys that are no more."""
+
+    def __init__(self) -> None:
+        self.streams: list[tuple[bytes, bytes]] = []
+        self.states: list[tuple[bytes, bytes]] = []
+        self.answers: list[tuple[bytes, bytes]] = []
+        self.endings: list[bytes] = []
+        self.gone: list[bytes] = []
+        self.ended: list[bytes] = []
+
+    def add(self, stream: Stream, state: bytes | None) -> None:
+        """A stream as it stands; ``state`` is ``None`` for one that is fresh."""
+        key = _HANDLE.pack(stream.handle)
+        if stream.stored != identity(stream):
+            self.streams.append(_entry(key, msgspec.msgpack.encode(_identity(stream))))
+        if stream.forgotten < stream.apart:
+            self.gone += [_ANSWER.pack(stream.handle, seq) for seq in forgotten(stream)]
+        answers, end = beside(stream), stream.apart
+        if large := apart(stream):
+            for seq, generation, (header, payload) in large:
+                value = b"".join((_ANSWER_HEAD.pack(generation, len(header)), header, payload))
+                self.answers.append(_entry(_ANSWER.pack(stream.handle, seq), value))
+            answers, end = [], stream.answered
+        head = _STATE_HEAD.pack(
+            stream.answered, stream.acked, end, generation_of(stream), len(answers), state is not None
+        )
+        parts: list[Buffer] = [head]
+        for seq, generation, (header, payload) in answers:
+            parts += (_BESIDE_HEAD.pack(seq, generation, len(header), len(payload)), header, payload)
+        parts.append(state or b"")
+        self.states.append(_entry(key, b"".join(parts)))
+
+    def end(self, stream: Stream, how: Ended | None) -> None:
+        """A stream that has ended; ``how``: ``None`` where nobody is to know of it."""
+        self.gone += [_ANSWER.pack(stream.handle, seq) for seq in range(stream.forgotten + 1, stream.apart + 1)]
+        self.ended.append(_HANDLE.pack(stream.handle))
+        if how is not None:
+            self.endings.append(msgspec.msgpack.encode((stream.handle, how)))
+
+
+def _identity(stream: Stream) -> _Identity:
+    lane = stream.lane
+    return _Identity(
+        stream.tenant,
+        stream.name,
+        lane.name,
+        lane.version,
+        stream.first_generation,
+        stream.idle_timeout,
+        held_by(stream),
+    )
+
+
+def _state(value: bytes) -> tuple[tuple[Any, ...], list[SavedAnswer], bytes | None]:
+    """Head, answers and state of a value in ``states``. Raises ``struct.error``."""
+    head = _STATE_HEAD.unpack_from(value)
+    *_, count, has_state = head
+    answers: list[SavedAnswer] = []
+    at = _STATE_HEAD.size
+    for _ in range(count):
+        seq, generation, header, payload = _BESIDE_HEAD.unpack_from(value, at)
+        start, end = at + _BESIDE_HEAD.size, at + _BESIDE_HEAD.size + header
+        at = end + payload
+        answers.append((seq, generation, value[start:end], value[end:at]))
+    return head, answers, value[at:] if has_state else None
+
+
+def _stream(identity: _Identity, value: bytes) -> tuple[SavedStream, list[SavedAnswer]]:
+    """A stream, and the answers beside it."""
+    (seq, acked, end, generation, _, _), answers, state = _state(value)
+    return SavedStream(
+        identity.tenant,
+        identity.name,
+        identity.model,
+        identity.first_generation,
+        generation,
+        seq,
+        acked,
+        identity.idle_timeout,
+        state,
+        identity.held,
+        identity.version,
+        end,
+    ), answers
 
 
 def _stamp_key(name: str, version: str) -> bytes:

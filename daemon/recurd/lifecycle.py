@@ -416,7 +416,7 @@ class Lifecycle:
         )
         stream.share = self._tenants.share(saved.tenant, self._room)
         self.renew(stream, saved, answers, now)
-        stream.saved, stream.forgotten = saved.seq, saved.acked
+        stream.saved, stream.forgotten, stream.apart = saved.seq, saved.acked, saved.apart
         if saved.held:
             self._fences.restore(stream, saved.held)
         lane.streams += 1

@@ -10,12 +10,14 @@ from dataclasses import dataclass
 import msgspec
 
 from recurd import wire
-from recurd.streams import Ended, Stream
+from recurd.streams import Answer, Ended, Stream
 
 #: Digits of a state hash that name a version of a model.
 VERSION_DIGITS = 16
 #: A retained answer: seq, generation, and the record's header and payload.
 SavedAnswer = tuple[int, int, bytes, bytes]
+#: Bytes of the answers that stand beside a stream, at most.
+BESIDE_BYTES = 2048
 
 
 class Stamp(msgspec.Struct, frozen=True):
@@ -61,24 +63,23 @@ class SavedStream(msgspec.Struct, frozen=True, array_like=True):
     held: str = ""
     #: Of the model that gave it its state (:attr:`Stamp.version`).
     version: str = ""
+    #: seq up to which answers are kept apart from it (:func:`apart`).
+    apart: int = 0
 
     @classmethod
     def of(cls, stream: Stream, state: bytes | None) -> "SavedStream":
         """A stream as it stands now; ``state`` is ``None`` for one that stands at a fresh start (:func:`is_fresh`)."""
-        generation = stream.generation
-        if stream.queue:  # what waits there has not happened yet
-            generation = stream.queue[0].generation - stream.queue[0].starts_afresh
         return cls(
             stream.tenant,
             stream.name,
             stream.lane.name,
             stream.first_generation,
-            generation,
+            generation_of(stream),
             stream.answered,
             stream.acked,
             stream.idle_timeout,
             state,
-            stream.fence.id if stream.fence is not None and stream.fence.is_held else "",
+            held_by(stream),
             stream.lane.version,
         )
 
@@ -157,25 +158,52 @@ class Unsaved:
     def saved(self) -> None:
         """What was taken last stands in the journal; nothing was noted since."""
         for stream in self._streams.values():
-            stream.forgotten = min(stream.acked, stream.saved)
-            stream.saved = stream.answered
+            if apart(stream):
+                stream.apart = stream.answered
+            stream.saved, stream.forgotten = stream.answered, stream.acked
+            stream.stored = identity(stream)
             if stream.state is not None:
                 stream.lane.slots.saved(stream)
         self._streams, self._known, self._ended = {}, {}, []
 
 
-def new_answers(stream: Stream) -> list[SavedAnswer]:
-    """Answers that are not in the journal yet."""
-    return [
-        (seq, generation, header, bytes(payload))
-        for seq, generation, (header, payload) in stream.answers
-        if seq > stream.saved
-    ]
+def identity(stream: Stream) -> object:
+    """What seldom changes of a saved stream: the same as :attr:`Stream.stored` when that stands in the journal already.
+
+    The lane says it all for a stream that is in its first life and nobody's to hand over.
+    """
+    if stream.first_generation == 1 and (stream.fence is None or not stream.fence.is_held):
+        return stream.lane
+    return stream.first_generation, held_by(stream), stream.lane
 
 
-def old_answers(stream: Stream) -> range:
-    """Numbers of the answers that are in the journal and were acknowledged since."""
-    return range(stream.forgotten + 1, min(stream.acked, stream.saved) + 1)
+def held_by(stream: Stream) -> str:
+    """The group that a stream has arrived with, as long as it is not handed over; else ``""``."""
+    return stream.fence.id if stream.fence is not None and stream.fence.is_held else ""
+
+
+def generation_of(stream: Stream) -> int:
+    """The generation after the record answered last: what waits in the queue has not happened yet."""
+    if stream.queue:
+        return stream.queue[0].generation - stream.queue[0].starts_afresh
+    return stream.generation
+
+
+def beside(stream: Stream) -> list[Answer]:
+    """Answers that stand with the stream in the journal, and are written with it again and again."""
+    return [one for one in stream.answers if one[0] > stream.apart]
+
+
+def apart(stream: Stream) -> list[Answer]:
+    """Answers that are to stand there apart from now on, written once: where they are too much to stand beside it."""
+    if sum(len(payload) for _, _, (_, payload) in stream.answers) <= BESIDE_BYTES:
+        return []
+    return beside(stream)
+
+
+def forgotten(stream: Stream) -> range:
+    """Numbers of the answers that stand apart and were acknowledged since."""
+    return range(stream.forgotten + 1, min(stream.acked, stream.apart) + 1)
 
 
 def answer(saved: SavedAnswer) -> tuple[int, int, wire.Record]:

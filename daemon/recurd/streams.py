@@ -104,6 +104,7 @@ class Stream:
         "acked",
         "answered",
         "answers",
+        "apart",
         "closing",
         "ended",
         "fence",
@@ -123,6 +124,7 @@ class Stream:
         "share",
         "slot",
         "state",
+        "stored",
         "tenant",
         "untouched",
     )
@@ -156,9 +158,12 @@ class Stream:
         #: Since the fresh start no step has been taken, and no state given.
         self.untouched = True
         self.answers: list[Answer] = []
-        # In the journal: seq up to which the answers are there, and up to which they are there no more.
+        # In the journal (recurd.saving): seq up to which the answers are there, up to which they are there no more, and
+        # up to which those between are kept apart from the stream; and what it is called there.
         self.saved = 0
         self.forgotten = 0
+        self.apart = 0
+        self.stored: object = None
         #: What its tenant holds of the daemon; ``None`` where nobody counts.
         self.share: Share | None = None
         # Connection.

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from dialogue import Caller, Desk, chunk, closing, opening, reset, state
-from recurd import wire
+from recurd import saving, wire
 from recurd.config import Config, override
 from recurd.durable import RETRY_SECONDS, Durable
 from recurd.errors import Code, JournalError
@@ -164,15 +164,16 @@ def test_a_reset_that_was_accepted_and_not_carried_out_has_not_happened(model: M
     np.testing.assert_allclose(answers[2].output, expected(draw(3, 2)), rtol=1e-4, atol=1e-5)
 
 
-def test_ended_streams_leave_nothing_behind(model: Model, tmp_path: Path) -> None:
+@pytest.mark.parametrize("steps", [3, 300])
+def test_ended_streams_leave_nothing_behind(model: Model, tmp_path: Path, steps: int) -> None:
     with Daemon(tmp_path, model) as first:
         caller = first.connect()
         for name in ("closed", "replaced"):
-            caller.run(chunk(caller.handle(name), 1, draw(1, 3)))
+            caller.run(chunk(caller.handle(name), 1, draw(1, steps)))
         caller.handle("replaced", mode="new")
         caller.ask(closing(caller.handle("closed")))
         expiring = caller.handle("expired", idle_timeout_seconds=1.0)
-        caller.run(chunk(expiring, 1, draw(1, 3)))
+        caller.run(chunk(expiring, 1, draw(1, steps)))
         first.now += 2
         first.run()
         first.sort()
@@ -181,7 +182,8 @@ def test_ended_streams_leave_nothing_behind(model: Model, tmp_path: Path) -> Non
 
         assert second.restored == 1
         assert reply.body["last_seq"] == 0
-    assert answers_on_disk(tmp_path) == 0
+    assert on_disk(tmp_path, b"answers") == 0
+    assert on_disk(tmp_path, b"streams") == on_disk(tmp_path, b"states") == 1
 
 
 def test_the_next_daemon_knows_how_streams_ended_and_forgets_the_oldest(model: Model, tmp_path: Path) -> None:
@@ -209,22 +211,32 @@ def test_the_next_daemon_knows_how_streams_ended_and_forgets_the_oldest(model: M
         assert [(handle, ended.name) for handle, ended in journal.endings()] == [(3, "s2"), (4, "s3"), (5, "s4")]
 
 
-def answers_on_disk(folder: Path) -> int:
-    with contextlib.closing(lmdb.open(str(folder / "journal"), max_dbs=4, readonly=True)) as env:
-        table = env.open_db(b"answers", create=False)
+def on_disk(folder: Path, table: bytes) -> int:
+    """Entries of a table."""
+    with contextlib.closing(lmdb.open(str(folder / "journal"), max_dbs=5, readonly=True, lock=False)) as env:
+        opened = env.open_db(table, create=False)
         with env.begin() as transaction:
-            entries: int = transaction.stat(table)["entries"]
+            entries: int = transaction.stat(opened)["entries"]
             return entries
 
 
-def test_answers_that_were_acknowledged_do_not_pile_up(daemon: Daemon, tmp_path: Path) -> None:
+#: Steps of a chunk whose answer is too much to be written with every state.
+LARGE = 300
+
+
+@pytest.mark.parametrize("steps", [2, LARGE])
+def test_answers_that_were_acknowledged_do_not_pile_up(daemon: Daemon, tmp_path: Path, steps: int) -> None:
     caller = daemon.connect()
     handle = caller.handle("s")
-    for seq in range(1, 30):
-        caller.run(chunk(handle, seq, draw(seq, 2), ack=seq - 1))
+    sizes = []
+    for seq in range(1, 20):
+        caller.run(chunk(handle, seq, draw(seq, steps), ack=seq - 1))
+        with daemon.durable._journal._read() as transaction:
+            sizes.append(len(daemon.durable._journal._read_state(transaction, handle)))
 
     daemon.durable.close()
-    assert answers_on_disk(tmp_path) <= 2
+    assert max(sizes) == sizes[-1] < 500
+    assert on_disk(tmp_path, b"answers") == (0 if steps == 2 else 1)
     daemon.durable = Durable(
         config(tmp_path), daemon.engine, daemon.models, stats=daemon.stats, log=structlog.get_logger()
     )
@@ -344,15 +356,19 @@ ACTIONS = st.lists(
 )
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.mark.parametrize("beside", [0, 100, 2048])
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(actions=ACTIONS)
 def test_whatever_is_killed_whenever_every_record_is_run_once(
-    model: Model, tmp_path_factory: pytest.TempPathFactory, actions: list[tuple[Any, ...]]
+    model: Model, tmp_path_factory: pytest.TempPathFactory, beside: int, actions: list[tuple[Any, ...]]
 ) -> None:
-    world = World(tmp_path_factory.mktemp("life"), model)
-    for number, (action, *options) in enumerate([*actions, ("crash",)]):
-        getattr(world, action)(number, *options)
-    world.finish()
+    """``beside``: bytes of answers that are written with every state; more of them stand apart."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(saving, "BESIDE_BYTES", beside)
+        world = World(tmp_path_factory.mktemp("life"), model)
+        for number, (action, *options) in enumerate([*actions, ("crash",)]):
+            getattr(world, action)(number, *options)
+        world.finish()
 
 
 class World:
@@ -637,11 +653,10 @@ def test_streams_of_a_model_that_is_not_served_are_not_dropped(tmp_path: Path) -
 def _put_stream(journal: Journal, transaction: Any) -> None:
     import msgspec
 
-    from recurd.journal import _entry
-    from recurd.saving import SavedStream
+    from recurd.journal import _entry, _Identity
 
-    saved = SavedStream("local", "s", "pump", 1, 1, 0, 0, 60.0, None, version="a")
-    transaction.put(*_entry((7).to_bytes(8), msgspec.msgpack.encode(saved)), db=journal._streams)
+    identity = _Identity("local", "s", "pump", "a", 1, 60.0, "")
+    transaction.put(*_entry((7).to_bytes(8), msgspec.msgpack.encode(identity)), db=journal._streams)
 
 
 def test_a_folder_that_cannot_be_made_is_said(tmp_path: Path) -> None:
