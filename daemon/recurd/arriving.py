@@ -153,7 +153,7 @@ class Arriving:
         if stream is None:
             stream = self._lifecycle.restore(parcel.handle, parcel.stream, parcel.answers, now)
             # Nothing of it is in the journal yet.
-            stream.saved = stream.forgotten
+            stream.saved = stream.apart = stream.forgotten
         elif stream.fence is None:
             return False  # it came before, and was handed over
         else:

@@ -356,6 +356,7 @@ class _Changes:
                 value = b"".join((_ANSWER_HEAD.pack(generation, len(header)), header, payload))
                 self.answers.append(_entry(_ANSWER.pack(stream.handle, seq), value))
             answers, end = [], stream.answered
+        # A few at most, as even an empty one has a header.
         head = _STATE_HEAD.pack(
             stream.answered, stream.acked, end, generation_of(stream), len(answers), state is not None
         )

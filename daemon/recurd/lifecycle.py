@@ -427,6 +427,7 @@ class Lifecycle:
         """Put a stream, which has nothing queued, to where it is said to stand; its state is the caller's."""
         stream.generation, stream.first_generation = saved.generation, saved.first_generation
         stream.idle_timeout, stream.last_seen = saved.idle_timeout, now
+        stream.stored = None
         stream.accepted = stream.answered = saved.seq
         stream.acked = saved.acked
         stream.lane.slots.drop(stream)

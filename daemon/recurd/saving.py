@@ -17,7 +17,7 @@ VERSION_DIGITS = 16
 #: A retained answer: seq, generation, and the record's header and payload.
 SavedAnswer = tuple[int, int, bytes, bytes]
 #: Bytes of the answers that stand beside a stream, at most.
-BESIDE_BYTES = 2048
+BESIDE_BYTES = 4096
 
 
 class Stamp(msgspec.Struct, frozen=True):
@@ -196,9 +196,8 @@ def beside(stream: Stream) -> list[Answer]:
 
 def apart(stream: Stream) -> list[Answer]:
     """Answers that are to stand there apart from now on, written once: where they are too much to stand beside it."""
-    if sum(len(payload) for _, _, (_, payload) in stream.answers) <= BESIDE_BYTES:
-        return []
-    return beside(stream)
+    answers = beside(stream)
+    return answers if sum(len(header) + len(payload) for _, _, (header, payload) in answers) > BESIDE_BYTES else []
 
 
 def forgotten(stream: Stream) -> range:

@@ -23,7 +23,7 @@ from recurd.journal import Journal
 from recurd.layout import Layout
 from recurd.model import Model
 from recurd.saving import Saving, Stamp
-from recurd.streams import Streams
+from recurd.streams import Stream, Streams
 from recurd.wire import Flag, Operation, Type
 from recurrent import Network, States
 
@@ -164,7 +164,7 @@ def test_a_reset_that_was_accepted_and_not_carried_out_has_not_happened(model: M
     np.testing.assert_allclose(answers[2].output, expected(draw(3, 2)), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("steps", [3, 300])
+@pytest.mark.parametrize("steps", [3, 600])
 def test_ended_streams_leave_nothing_behind(model: Model, tmp_path: Path, steps: int) -> None:
     with Daemon(tmp_path, model) as first:
         caller = first.connect()
@@ -221,7 +221,18 @@ def on_disk(folder: Path, table: bytes) -> int:
 
 
 #: Steps of a chunk whose answer is too much to be written with every state.
-LARGE = 300
+LARGE = 600
+
+
+def test_however_small_answers_are_only_a_few_are_written_with_every_state() -> None:
+    stream = Stream(tenant="t", name="s", handle=1, lane=cast(Any, None), generation=1, idle_timeout=1.0)
+    header = bytes(wire.HEADER_BYTES)
+    for count in (10, 100, 100_000):  # of resets, say, that nobody acknowledges
+        stream.answers = [(seq, 1, (header, b"")) for seq in range(1, count + 1)]
+        assert saving.apart(stream) == (stream.answers if count > 10 else [])
+    stream.apart = 99_995
+    assert saving.apart(stream) == []
+    assert [seq for seq, *_ in saving.beside(stream)] == [*range(99_996, 100_001)]
 
 
 @pytest.mark.parametrize("steps", [2, LARGE])
@@ -356,7 +367,7 @@ ACTIONS = st.lists(
 )
 
 
-@pytest.mark.parametrize("beside", [0, 100, 2048])
+@pytest.mark.parametrize("beside", [0, 200, 4096])
 @settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(actions=ACTIONS)
 def test_whatever_is_killed_whenever_every_record_is_run_once(
