@@ -232,7 +232,8 @@ def _is_answer(parcel: Parcel, seq: int, header: bytes, payload: bytes) -> bool:
         found, _ = wire.decode(header + payload)
     except Refused:
         return False
-    return found.type in _ANSWERS and (found.handle, found.seq) == (parcel.handle, seq)
+    is_cut = len(header) == wire.HEADER_BYTES  # in the right place, as it is kept
+    return is_cut and found.type in _ANSWERS and (found.handle, found.seq) == (parcel.handle, seq)
 
 
 #: What a record may have been answered with, and is kept for retries.

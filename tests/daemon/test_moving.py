@@ -448,7 +448,13 @@ def test_a_stream_that_cannot_be_leaves_no_trace(here: Desk, there: Desk, change
 def test_answers_that_cannot_be_and_bytes_that_are_none_leave_no_trace(here: Desk, there: Desk) -> None:
     (first, second), stamps = parcels(here)
     ((seq, generation, header, payload),) = second.answers
-    for answers in ([(2, generation, header, payload)], [(seq, 9, header, payload)], [(seq, generation, b"", payload)]):
+    for answers in (
+        [(2, generation, header, payload)],
+        [(seq, 9, header, payload)],
+        [(seq, generation, b"", payload)],
+        [(seq, generation, header + payload, b"")],
+        [(seq, generation, header[:9], header[9:] + payload)],
+    ):
         bad = msgspec.msgpack.encode([first, msgspec.structs.replace(second, answers=answers)])
         assert Operator(there).reply("import", bad, group="g", stamps=stamps).code == "bad_request"
     whole = msgspec.msgpack.encode([first, second])
