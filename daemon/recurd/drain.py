@@ -81,7 +81,7 @@ class Drain:
             while not self._is_empty():
                 self._move(secrets.token_hex(8))
         except BaseException as error:
-            error.add_note(f"{self._moved + self._settled:,} streams have moved to {self._target.endpoint}")
+            error.add_note(f"{counted(self._moved + self._settled)} moved to {self._target.endpoint}")
             raise
         return Report(
             streams=self._moved,
@@ -137,13 +137,14 @@ class Drain:
             raise DrainError(
                 f"{self._source.endpoint} has taken its streams back: nothing was heard of us for too long"
             )
+        self._leaving = released.get("streams", self._leaving)
         self._admit(id)
 
     def _admit(self, id: str) -> None:
         """A group is the target's from now on."""
-        admitted, _ = self._target.ask("admit", group=id)
-        # Asked again, because the first answer was lost, it admits none.
-        self._moved += admitted["streams"] or self._leaving
+        self._target.ask("admit", group=id)
+        # Not those that it has admitted now: clients that were sent on have opened some of them already.
+        self._moved += self._leaving
         self._groups += 1
 
     def _import(self, id: str, data: bytes | memoryview, report: dict[str, Any]) -> None:
@@ -179,6 +180,11 @@ class Drain:
                 error.add_note(f"{self._source.endpoint} knows nothing of the last group any more; it stays undecided")
         except (RecurdError, OSError) as trouble:
             error.add_note(f"the last group is not decided about ({trouble}): the next drain does that, and counts it")
+
+
+def counted(streams: int) -> str:
+    """So many streams, in words."""
+    return "1 stream" if streams == 1 else f"{streams:,} streams"
 
 
 def pages(source: Remote, id: str, page_bytes: int, timeout_seconds: float) -> Iterator[memoryview]:

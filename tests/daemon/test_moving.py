@@ -668,6 +668,24 @@ def test_what_has_moved_is_told_whichever_answer_is_lost(here: Desk, there: Desk
     assert (names(here), names(there)) == (set(), {"s0", "s1", "s2"})
 
 
+def test_streams_whose_clients_follow_before_they_are_admitted_have_moved_too(here: Desk, there: Desk) -> None:
+    caller = here.connect("c")
+    for name in ("s", "t"):
+        caller.handle(name)
+
+    class Source(At):
+        def ask(self, command: str, data: bytes = b"", **keys: Any) -> tuple[dict[str, Any], bytes]:
+            answer = super().ask(command, data, **keys)
+            if command == "release":
+                opened = there.connect("c").open("s", mode="resume", generation=1, group=keys["group"])
+                assert opened.type == Type.OPENED
+            return answer
+
+    report = Drain(Source(here, A), At(there, B)).run()  # type: ignore[arg-type]
+
+    assert (report.streams, names(there)) == (2, {"s", "t"})
+
+
 def test_streams_that_a_drain_left_undecided_are_told_by_the_next_one(here: Desk, there: Desk) -> None:
     caller = here.connect()
     for number in range(3):

@@ -262,7 +262,7 @@ def test_a_daemon_with_other_weights_gets_nothing_and_the_sentence_says_why(
         done = drain(here.endpoint, there.endpoint)
         assert done.returncode == ExitCode.BUG
         assert "weights" in done.stderr
-        assert done.stderr.splitlines()[1:] == [f"0 streams have moved to {there.endpoint}"]
+        assert done.stderr.splitlines()[1:] == [f"0 streams moved to {there.endpoint}"]
         stream.push(chunk("s", 2))
         assert (client.endpoint, stream.last_seq) == (here.endpoint, 2)
         assert drain(here.endpoint, there.endpoint, "--accept-drift").returncode == 0
@@ -284,7 +284,7 @@ def test_streams_go_through_a_file_and_coming_twice_they_come_once(
         done = run("state", "export", str(file), "--stream", "hall-*", "--endpoint", here.endpoint)
         assert (done.returncode, done.stdout) == (0, f"2 streams in {file}\n")
         came = f"2 streams given to {there.endpoint}\n"
-        stayed = f"0 streams given to {there.endpoint}, 2 were there already as they stand in the file\n"
+        stayed = f"0 streams given to {there.endpoint}; there already, as in the file: 2\n"
         for said in (came, stayed):
             done = run("state", "import", str(file), "--endpoint", there.endpoint)
             assert (done.returncode, done.stdout) == (0, said), done.stderr
@@ -319,12 +319,11 @@ def test_who_runs_it_decides_about_streams_that_no_drain_will(daemons: tuple[Pro
             (data,) = pages(source, name, 10**6, 10)
             target.ask("import", data, group=name, stamps=stamps)
     assert run(*held).stdout == (
-        "kept  1 streams, 'kept' of tenant 'local' among them\n"
-        "thrown  1 streams, 'thrown' of tenant 'local' among them\n"
+        "kept  1 stream, 'kept' of tenant 'local' among them\nthrown  1 stream, 'thrown' of tenant 'local' among them\n"
     )
     assert set(msgspec.json.decode(run(*held, "--json").stdout)) == {"kept", "thrown"}
-    assert run(*held, "--drop", "thrown").stdout == f"1 streams are forgotten by {there.endpoint}\n"
-    assert run(*held, "--admit", "kept").stdout == f"1 streams are served by {there.endpoint}\n"
+    assert run(*held, "--drop", "thrown").stdout == f"1 stream dropped at {there.endpoint}\n"
+    assert run(*held, "--admit", "kept").stdout == f"1 stream admitted at {there.endpoint}\n"
     done = run(*held, "--admit", "kept")
     assert (done.returncode, done.stderr) == (
         ExitCode.BUG,

@@ -4,7 +4,7 @@ import click
 import msgspec
 
 from recurd.cli.endpoint import SECONDS, check_keys, checked, with_keys
-from recurd.drain import Drain, Report, bar
+from recurd.drain import Drain, Report, bar, counted
 from recurd.errors import ExitCode, RecurdError, Unanswered
 from recurd.keys import read_credentials
 from recurd.remote import Remote
@@ -82,18 +82,19 @@ def drain(
     click.echo(msgspec.json.encode(report).decode() if as_json else _sentence(report, to))
     if report.undecided:
         click.echo(
-            f"recurd: {report.undecided:,} streams wait at {to} for the word of another drain: "
+            f"recurd: closed at {to} until another drain says where they are: {counted(report.undecided)}; "
             f"'recurd state held --endpoint {to}' shows them",
             err=True,
         )
 
 
 def _sentence(report: Report, to: str) -> str:
-    settled = f"{report.settled:,} streams of a drain that was cut off are served by {to}; " if report.settled else ""
+    settled = f"{counted(report.settled)} of a drain that was cut off went to {to}; " if report.settled else ""
     if not report.streams:
         what = "no other stream" if settled else "no stream"
         return f"{settled}there was {what}; whoever asks for one is sent to {to} from now on"
+    pause = f"{report.longest_pause_seconds * 1000:,.1f} ms"
     return (
-        f"{settled}{report.streams:,} streams moved to {to} in {report.seconds:g} s, in {report.groups:,} groups; "
-        f"none was closed to its client for longer than {report.longest_pause_seconds * 1000:,.1f} ms by that"
+        f"{settled}{counted(report.streams)} moved to {to} in {report.seconds:g} s; "
+        f"none was closed to its client for longer than {pause} by that"
     )

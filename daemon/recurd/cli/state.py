@@ -9,7 +9,7 @@ import click
 import msgspec
 
 from recurd.cli.endpoint import SECONDS, check_keys, checked, with_keys
-from recurd.drain import bar, pages
+from recurd.drain import bar, counted, pages
 from recurd.errors import RecurdError
 from recurd.keys import read_credentials
 from recurd.remote import Remote
@@ -108,7 +108,7 @@ def export(
         in_use = {(parcel.stream.model, parcel.state_hash) for parcel in parcels}
         stamps = [one for one in msgspec.convert(report["stamps"], list[ModelStamp]) if _key(one) in in_use]
     statefile.write(file, parcels, stamps)
-    click.echo(f"{len(parcels):,} streams in {file}")
+    click.echo(f"{counted(len(parcels))} in {file}")
 
 
 def _key(one: ModelStamp) -> tuple[str, str]:
@@ -147,8 +147,8 @@ def import_(
         except BaseException:
             daemon.ask("drop", group=id)
             raise
-    there = f", {stayed:,} were there already as they stand in the file" if stayed else ""
-    click.echo(f"{len(parcels) - stayed:,} streams given to {endpoint}{there}")
+    there = f"; there already, as in the file: {stayed:,}" if stayed else ""
+    click.echo(f"{counted(len(parcels) - stayed)} given to {endpoint}{there}")
 
 
 @state.command("held", epilog=HELD_EPILOG)
@@ -180,8 +180,8 @@ def held(
             raise RecurdError(f"{endpoint} holds no group '{id}', but {', '.join(sorted(groups)) or 'none'}")
         else:
             daemon.ask("drop" if admit is None else "admit", group=id)
-            what = "forgotten by" if admit is None else "served by"
-            click.echo(f"{groups[id]['streams']:,} streams are {what} {endpoint}")
+            what = "dropped" if admit is None else "admitted"
+            click.echo(f"{counted(groups[id]['streams'])} {what} at {endpoint}")
 
 
 def _show(groups: dict[str, dict[str, Any]], *, as_json: bool) -> None:
@@ -190,7 +190,7 @@ def _show(groups: dict[str, dict[str, Any]], *, as_json: bool) -> None:
         return
     for id, group in sorted(groups.items()):
         example = f", '{group['stream']}' of tenant '{group['tenant']}' among them" if group["streams"] else ""
-        click.echo(f"{id}  {group['streams']:,} streams{example}")
+        click.echo(f"{id}  {counted(group['streams'])}{example}")
     if not groups:
         click.echo("no streams are held")
 
