@@ -23,6 +23,8 @@ CountOrZero = Annotated[int, msgspec.Meta(ge=0)]
 Seconds = Annotated[float, msgspec.Meta(gt=0, le=1e9)]
 Rate = Annotated[float, msgspec.Meta(gt=0, le=1e15)]
 #: A tenant's name, and so a key's: it is the first part of a topic and the name of a file.
+#: What a tenant may subscribe to: a stream's topic, or all that begin so.
+_TOPIC = re.compile(r"[^*?\[]*\*|[^/*?\[]+/[^/*?\[]+/[^*?\[]+")
 TENANT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@+-]{0,63}")
 #: What a tenant may have.
 Right = Literal["stream", "reset", "state", "admin"]
@@ -302,10 +304,7 @@ def _check(config: Config) -> None:
         raise ConfigError(f"device: '{config.device}' is not one of auto, cpu, cuda, cuda:0, cuda:1, ...")
     if not config.bind:
         raise ConfigError("bind: at least one endpoint is needed")
-    insecure = config.insecure or bool(config.auth.key)
-    for key, endpoints in (("bind", config.bind), ("publish.bind", config.publish.bind)):
-        for endpoint in endpoints:
-            check_endpoint(endpoint, key=key, insecure=insecure)
+    _check_endpoints(config)
     _check_tenants(config)
     if config.durability.mode != "off" and not config.durability.directory:
         raise ConfigError(f"durability.directory: mode '{config.durability.mode}' needs a folder to keep streams in")
@@ -322,11 +321,29 @@ def _check(config: Config) -> None:
                 raise ConfigError(f"{key}: '{value}' is there twice")
 
 
+def _check_endpoints(config: Config) -> None:
+    has_keys = bool(config.auth.key)
+    for key, endpoints in (("bind", config.bind), ("publish.bind", config.publish.bind)):
+        for endpoint in endpoints:
+            check_endpoint(endpoint, key=key, insecure=config.insecure or has_keys)
+            if has_keys and not config.insecure and endpoint.startswith("ipc://@"):
+                raise ConfigError(
+                    f"{key}: '{endpoint}' is no file and has no permissions, so everybody on this machine would get in "
+                    "without a key; give a path, or allow it with 'insecure = true' (--insecure)"
+                )
+
+
 def _check_tenants(config: Config) -> None:
     for name in config.tenants:
         if not TENANT_NAME.fullmatch(name):
             allowed = "1 to 64 letters, digits and ._@+-, the first a letter or digit"
             raise ConfigError(f"tenants.{name}: a tenant's name has {allowed}")
+        for topic in config.tenants[name].subscribe:
+            if not _TOPIC.fullmatch(topic):
+                raise ConfigError(
+                    f"tenants.{name}.subscribe: '{topic}' is neither a topic (tenant/model/stream) nor the beginning "
+                    "of topics with '*' behind it"
+                )
     if config.auth.key:
         return
     if config.auth.clients:

@@ -1,5 +1,6 @@
 """A lane: one model on one device, as the engine sees it, with its line of streams, its slots and its numbers."""
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -79,7 +80,7 @@ class Lane:
         self.row_bytes = device.row_bytes
         #: Streams of the model, and how many there may be: as many as have room for their states. None is waited for
         #: in memory where there is a journal.
-        self.streams = 0
+        self.streams, self._streams_of = 0, _no_streams()
         #: Idle time-out of its streams, and the longest that one may ask for.
         self.idle_seconds = config.timeouts.stream_idle_seconds
         for model in config.models:
@@ -148,7 +149,7 @@ class Lane:
         rooms = 1 + sum(record.kind is Kind.CLONE for record in stream.queue)
         size = sum(record.data.nbytes for record in stream.queue)
         for lane, sign in ((self, -1), (to, 1)):
-            lane.streams += sign * rooms
+            lane.count_streams(stream.tenant, sign * rooms)
             lane._count(sign * size)
         stream.lane = to
 
@@ -160,6 +161,15 @@ class Lane:
     def has_no_room(self, count: int) -> bool:
         """There is none for the states of so many more streams."""
         return self.slots.store is None and self.streams + count > self._max_streams
+
+    def count_streams(self, tenant: str, count: int) -> None:
+        """So many streams of a tenant have come; negative: gone."""
+        self.streams += count
+        self._streams_of[tenant] += count
+
+    def leaves_others_no_room(self, tenant: str, count: int) -> bool:
+        """Whether a tenant would have more streams than there is still room for, with so many more."""
+        return self.slots.store is None and self._streams_of[tenant] + count > self._max_streams - self.streams
 
     def enter(self, stream: Stream, chunk: Chunk) -> None:
         """Count a chunk that is about to be queued. Raises :class:`Refused` (``busy``, ``limit``) without room for it.
@@ -289,6 +299,11 @@ class Lane:
             for index, (per_step, _) in enumerate(self._heads)
         ]
         return b"".join([piece for head in heads for piece in head])
+
+
+def _no_streams() -> Counter[str]:
+    """By tenant."""
+    return Counter()
 
 
 def states_of(streams: list[Stream]) -> dict[int, bytes]:

@@ -331,7 +331,11 @@ class Lifecycle:
             raise Refused(Code.TOO_MANY_STREAMS, f"{open_} streams are open, and {most} may be at most")
         more = count if on_lane is None else on_lane
         if lane.has_no_room(more - (replaced is not None and replaced.lane is lane)):
-            text = f"there is no room for the states of more than {lane.streams} streams of model '{lane.name}'"
+            text = f"there is no room for the states of more streams of model '{lane.name}'"
+            raise Refused(Code.NO_SLOTS, f"{text}: close streams, shorten the idle time-out or raise host_state_bytes")
+        is_new = on_lane is None and replaced is None  # those that come from another daemon had their place there
+        if is_new and self._tenants.is_shared and lane.leaves_others_no_room(tenant, count):
+            text = f"tenant '{tenant}' has {open_} streams, and what is left is for others"
             raise Refused(Code.NO_SLOTS, f"{text}: close streams, shorten the idle time-out or raise host_state_bytes")
 
     def _start(self, tenant: str, name: str, lane: Lane, idle_timeout: float, now: float) -> Stream:
@@ -346,7 +350,7 @@ class Lifecycle:
             now=now,
         )
         stream.share = self._tenants.share(tenant, self._room)
-        lane.streams += 1
+        lane.count_streams(tenant, 1)
         self._stats.streams_opened += 1
         self._stats.streams["detached"] += 1
         self._log.debug("stream_opened", stream=stream.name, model=lane.name, generation=stream.generation)
@@ -369,7 +373,7 @@ class Lifecycle:
     def reserve(self, source: Stream, name: str) -> None:
         """Keep name and room for a clone that waits for its turn. Nobody but its source knows of it until then."""
         self._streams.reserve(source.tenant, name)
-        source.lane.streams += 1
+        source.lane.count_streams(source.tenant, 1)
 
     def clone(self, source: Stream, name: str, state: bytes | None, now: float) -> None:
         """Start the stream that was reserved, with the state of its source (``None``: the initial one)."""
@@ -387,7 +391,7 @@ class Lifecycle:
 
     def _release(self, source: Stream, name: str) -> None:
         self._streams.release(source.tenant, name)
-        source.lane.streams -= 1
+        source.lane.count_streams(source.tenant, -1)
 
     def take_queue(self, stream: Stream) -> list[Chunk]:
         """The records of a stream that will never be carried out; it has none any more."""
@@ -419,7 +423,7 @@ class Lifecycle:
         stream.saved, stream.forgotten, stream.apart = saved.seq, saved.acked, saved.apart
         if saved.held:
             self._fences.restore(stream, saved.held)
-        lane.streams += 1
+        lane.count_streams(saved.tenant, 1)
         self._stats.streams["detached"] += 1
         return stream
 
@@ -502,7 +506,7 @@ class Lifecycle:
         if not stream.running:
             lane.scheduler.remove(stream)
         lane.slots.drop(stream)
-        lane.streams -= 1
+        lane.count_streams(stream.tenant, -1)
         if stream.peer is not None:
             stream.peer.handles.discard(stream.handle)
         self._stats.streams["detached" if stream.peer is None else "attached"] -= 1
@@ -525,7 +529,7 @@ class Lifecycle:
         self._unsaved.end(stream, None)
         stream.lane.retain(-sum(len(payload) for _, _, (_, payload) in stream.answers), stream.share)
         stream.lane.slots.drop(stream)
-        stream.lane.streams -= 1
+        stream.lane.count_streams(stream.tenant, -1)
         self._stats.streams["detached"] -= 1
 
     # --- time ---

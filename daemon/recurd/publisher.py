@@ -5,6 +5,7 @@ beginning of another's, and the RESULT as its sender gets it. Nothing is promise
 dropped for it alone, and the numbers in the headers show what is missing.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
@@ -60,8 +61,8 @@ class Publisher:
         stack.callback(self._close)
         self.endpoints: Sequence[str] = bind(self.socket, settings.publish.bind, gate)
         self._is_bound = True
-        # Subscriptions by topic, also refused ones: how a connection that breaks ends does not tell them apart.
-        self._topics: dict[bytes, int] = {}
+        # Subscriptions by topic and user, refused ones too: how a connection that breaks ends does not tell them apart.
+        self._topics: dict[bytes, Counter[str]] = {}
         self._has_too_many = False
         self._logged = 0
         #: Tenants who have subscribed to something, by user, as they were then.
@@ -96,11 +97,12 @@ class Publisher:
             topic = data[1:]
             if not data or data[0] > _SUBSCRIBE:
                 continue  # a message upstream, which is nothing here
+            user = user_of(message)
             if data[0] == _SUBSCRIBE:
-                self._count(topic)
-                self._subscribe(topic, user_of(message) or self._unnamed)
+                self._count(topic, user or self._unnamed)
+                self._subscribe(topic, user or self._unnamed)
             else:
-                self._unsubscribe(topic)
+                self._unsubscribe(topic, user)
 
     def _subscribe(self, topic: bytes, user: str) -> None:
         tenant = self._tenants.of(user)
@@ -115,17 +117,19 @@ class Publisher:
         name = "" if tenant is None else tenant.name
         self._log.warning("subscription_refused", tenant=name, topic=topic.decode(errors="replace"))
 
-    def _count(self, topic: bytes) -> None:
+    def _count(self, topic: bytes, user: str) -> None:
         if topic in self._topics or len(self._topics) < _MAX_TOPICS:
-            self._topics[topic] = self._topics.get(topic, 0) + 1
+            self._topics.setdefault(topic, Counter())[user] += 1
         else:
             self._has_too_many = True
 
-    def _unsubscribe(self, topic: bytes) -> None:
-        left = self._topics.get(topic, 0) - 1
-        if left > 0:
-            self._topics[topic] = left
-        else:
+    def _unsubscribe(self, topic: bytes, user: str) -> None:
+        """``user`` is ``""`` for a connection that has ended, which had the topic; else he may never have had it."""
+        users = self._topics.get(topic, Counter())
+        who = user or next(iter(users), "")
+        if users[who] > 0:
+            users[who] -= 1
+        if not +users:
             self._topics.pop(topic, None)
         self.socket.setsockopt(zmq.UNSUBSCRIBE, topic)
 

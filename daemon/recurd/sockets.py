@@ -55,6 +55,10 @@ def bind(socket: Socket, endpoints: Sequence[str], gate: Gate | None) -> list[st
     return [bound[endpoint] for endpoint in endpoints]
 
 
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
+
+
 def lock(endpoints: Sequence[str], stack: ExitStack) -> None:
     """Hold a lock beside every ipc path: binding one that another process has bound takes it away without an error.
 
@@ -65,7 +69,8 @@ def lock(endpoints: Sequence[str], stack: ExitStack) -> None:
         if not path.startswith("/"):
             continue
         try:
-            file = stack.enter_context(open(f"{path}.lock", "w"))  # noqa: SIM115  # the stack closes it
+            # Whoever may read it could hold it too.
+            file = stack.enter_context(open(f"{path}.lock", "w", opener=_private))  # noqa: SIM115  # the stack closes it
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise AddressError(f"cannot bind ipc://{path}: another process serves it") from error

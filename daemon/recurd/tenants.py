@@ -187,6 +187,10 @@ class Rate:
         self._per_second = per_second
         self._open_at = 0.0
 
+    def go_on(self, former: "Rate") -> None:
+        """Where a former rate is."""
+        self._open_at = former._open_at
+
     def wait(self, now: float) -> float:
         """Seconds until something is let in; 0 or less: now."""
         return self._open_at - now
@@ -194,6 +198,16 @@ class Rate:
     def take(self, amount: float, now: float) -> None:
         """Something was let in."""
         self._open_at = max(self._open_at, now - _BURST_SECONDS) + amount / self._per_second
+
+
+def _rate(per_second: float | None, former: Rate | None) -> Rate | None:
+    """A rate that goes on from a former one: who has spent it does not get it anew because others' rights changed."""
+    if per_second is None:
+        return None
+    rate = Rate(per_second)
+    if former is not None:
+        rate.go_on(former)
+    return rate
 
 
 class Share:
@@ -228,6 +242,8 @@ class Share:
         self.held = 0
         #: Bytes of the answers that what is queued will give.
         self.due = 0.0
+        self._chunks_rate: Rate | None = None
+        self._bytes_rate: Rate | None = None
         self.limit(config.TenantLimits())
 
     def limit(self, limits: config.TenantLimits) -> None:
@@ -237,8 +253,8 @@ class Share:
         # The last refusal by its rates, and when.
         self._refused: Refused | None = None
         self._refused_at = 0.0
-        self._chunks_rate = None if limits.chunks_per_second is None else Rate(limits.chunks_per_second)
-        self._bytes_rate = None if limits.bytes_per_second is None else Rate(limits.bytes_per_second)
+        self._chunks_rate = _rate(limits.chunks_per_second, self._chunks_rate)
+        self._bytes_rate = _rate(limits.bytes_per_second, self._bytes_rate)
 
     def enter(self, chunk: "Chunk", due: float, is_first: bool) -> None:
         """Count a chunk that is about to be queued, and so many bytes of its results to come.

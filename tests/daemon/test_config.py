@@ -210,3 +210,18 @@ def test_a_configuration_cannot_be_changed() -> None:
     for struct in (Config(), Limits(), Tick(), Timeouts(), ZeroMQ(), Durability(), Log(), Model(path="a")):
         with pytest.raises(AttributeError):
             setattr(struct, struct.__struct_fields__[0], 1)
+
+
+def test_a_socket_without_a_file_is_no_way_around_the_keys(tmp_path: Path) -> None:
+    keys = '[auth]\nkey = "server.key_secret"\n'
+    for text in ('bind = ["ipc://@x"]\n' + keys, keys + '[publish]\nbind = ["ipc://@x"]\n'):
+        with pytest.raises(ConfigError, match=r"bind: 'ipc://@x' is no file .* without a key"):
+            load(write(tmp_path, text))
+    assert load(write(tmp_path, 'bind = ["ipc://@x"]\n')).bind == ("ipc://@x",)
+    assert load(write(tmp_path, 'insecure = true\nbind = ["ipc://@x"]\n' + keys)).bind == ("ipc://@x",)
+
+
+@pytest.mark.parametrize("topic", ["a/*/x", "a?/pump/*", "gateway-[78]/pump/*", "a/pump", "nonsense", ""])
+def test_topics_that_nothing_can_have_are_not_taken(tmp_path: Path, topic: str) -> None:
+    with pytest.raises(ConfigError, match=f"tenants.b.subscribe: '{re.escape(topic)}' is neither a topic"):
+        load(write(tmp_path, f'[auth]\nkey = "k"\n[tenants.b]\nsubscribe = ["a/pump/s", "*", "a/*", "{topic}"]\n'))

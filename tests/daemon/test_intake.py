@@ -58,9 +58,18 @@ def many(records: int, size: int = 0) -> bytes:
 def test_a_round_ends_after_so_many_records(door: Door) -> None:
     intake, socket = door.intake(10), door.connect()
     for _ in range(25):
-        socket.send(opening("s"))
+        socket.send(wire.frame((wire.pack(wire.Type.RESET), b"")))
 
     assert [len(door.round(intake)) for _ in range(4)] == [10, 10, 5, 0]
+
+
+def test_a_round_has_few_messages_that_are_not_of_a_stream(door: Door) -> None:
+    intake, socket = door.intake(64), door.connect()
+    for _ in range(6):
+        socket.send(wire.frame(wire.control(wire.Type.HELLO, {})))
+    for _ in range(2):
+        socket.send(b"garbage" * 10)
+    assert [len(door.round(intake)) for _ in range(3)] == [4, 4, 0]
 
 
 def test_what_is_too_large_for_the_rest_of_a_round_waits_for_the_next_and_nothing_overtakes_it(door: Door) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dialogue import Array, Desk, chunk, hello, opening, ping, reset
+from dialogue import Array, Desk, chunk, closing, hello, opening, ping, reset
 from recurd.config import Config, Limits, Tenant, TenantLimits
 from recurd.model import Model
 from recurd.tenants import LOCAL, Patterns, Tenants
@@ -247,6 +247,37 @@ def test_however_many_tenants_send_all_they_can_the_next_one_is_let_in(open_desk
         accepted.append(64 - len(caller.take()))
 
     assert accepted == [32, 16, 8, 4, 2, 1]
+
+
+def test_however_many_streams_tenants_open_there_is_room_for_the_next_ones(open_desk: OpenDesk) -> None:
+    desk = open_desk(Limits(host_state_bytes=0), a=Tenant())
+    opened = []
+    for name in "abcd":
+        caller = desk.connect(name, tenant=name)
+        answers = [caller.open(f"s{number}") for number in range(201)]
+        opened.append(sum(answer.type == Type.OPENED for answer in answers))
+        assert {answer.code for answer in answers} == {"", "no_slots"}
+        assert f"tenant '{name}' has {opened[-1]} streams" in answers[-1].body["text"]
+
+    assert opened == [100, 50, 25, 13]
+    caller.ask(closing(caller.open("s0").header.handle))
+    assert caller.open("another").type == Type.OPENED
+
+
+def test_a_rate_that_is_used_up_is_not_given_anew_when_rights_are_read_again(open_desk: OpenDesk) -> None:
+    tenant = Tenant(limits=TenantLimits(chunks_per_second=2))
+    desk = open_desk(a=tenant)
+    caller = desk.connect(tenant="a")
+    handle = caller.handle("s")
+    seq = 1
+    while caller.run(chunk(handle, seq, draw()))[0].type == Type.RESULT:
+        seq += 1
+    assert seq == 4
+    for sections in ({"a": tenant}, {"a": Tenant(limits=TenantLimits(chunks_per_second=3))}):
+        desk.tenants.change(sections, None)
+        assert caller.run(chunk(handle, seq, draw()))[0].code == "limit"
+    desk.tenants.change({"a": Tenant()}, None)
+    assert caller.run(chunk(handle, seq, draw()))[0].type == Type.RESULT
 
 
 def test_one_tenant_alone_has_all_of_it(models: dict[str, Model]) -> None:

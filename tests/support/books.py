@@ -43,6 +43,11 @@ def check_lanes(engine: Engine, streams: list[Stream]) -> None:
         own = [stream for stream in streams if stream.lane is lane]
         clones = sum(record.kind is Kind.CLONE for stream in own for record in stream.queue)
         assert (lane.streams, lane._queued_bytes) == (len(own) + clones, count(own)[1])
+        assert lane.streams == lane._streams_of.total()
+        for tenant in {stream.tenant for stream in own}:
+            mine = [stream for stream in own if stream.tenant == tenant]
+            cloning = sum(record.kind is Kind.CLONE for stream in mine for record in stream.queue)
+            assert lane._streams_of[tenant] == len(mine) + cloning
         due += lane._queued_bytes * lane._result_step_bytes // lane._step_bytes
         in_line = [*lane.scheduler._line, *itertools.chain(*lane.scheduler._turns._lines.values())]
         assert len(in_line) == len(set(in_line)) == len(lane.scheduler)

@@ -254,3 +254,25 @@ def test_a_thousand_subscriptions_that_are_refused_fill_neither_log_nor_memory(h
             with subscribed(daemon, "a/*", probe=stream, **house.keys("a")) as subscriber:
                 stream.push(draw())
                 assert next(subscriber).stream == "s"
+
+
+def test_who_unsubscribes_from_what_it_never_had_ends_no_subscription_of_others(house: House) -> None:
+    house.write(PUBLISH)
+    with house.serve() as daemon, zmq.Context() as context:
+        daemon.ready()
+        with context.socket(zmq.XSUB) as socket, recurd.connect(daemon.endpoint, **house.keys("a")) as client:
+            stream = client.open("s")
+            with subscribed(daemon, "a/*", probe=stream, **house.keys("a")) as subscriber:
+                socket.linger = 0
+                socket.setsockopt(zmq.ONLY_FIRST_SUBSCRIBE, 1)  # what is sent behind the first part goes as it is
+                for option, value in house.credentials("b").options().items():
+                    socket.setsockopt(option, value)
+                socket.connect(published_at(daemon).split(",")[0])
+                refused = daemon.metric("recurd_subscriptions_refused_total")
+                for _ in range(3):
+                    socket.send_multipart([b"\2", b"\0a/", b"\0a/pump/s\0"])
+                socket.send(b"\1a/")  # is refused, when what came before has been read
+                eventually(lambda: daemon.metric("recurd_subscriptions_refused_total") > refused)
+                for _ in range(3):
+                    stream.push(draw())
+                    assert next(subscriber).stream == "s"
