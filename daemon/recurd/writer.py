@@ -212,8 +212,10 @@ class Writer:
         else:
             self.end(self._not_resumed(error) if self.is_open else error)
 
-    def _not_resumed(self, error: Refused) -> Broken:
+    def _not_resumed(self, error: Refused) -> Refused | Broken:
         """The error of a stream that was open and is not opened again. Who uses it never asked to resume it."""
+        if error.code is Code.FORBIDDEN:
+            return error  # it is there still
         if error.code is Code.UNKNOWN_STREAM:
             return Broken(error.code, f"{_forgotten(self.stream)}; open it again to start afresh")
         return _broken(error)
@@ -341,7 +343,7 @@ class Writer:
             # It was sent again meanwhile. That one has an answer of its own, and may be accepted.
             return
         self._progressed(now)
-        if isinstance(error, Broken):
+        if isinstance(error, Broken) or _is_cut_off(error, record):
             self.end(error)
         elif error.code in _LOST:
             self.end(_broken(error))
@@ -355,7 +357,8 @@ class Writer:
         else:
             backlog.put_back(seq, seq)
             backlog.waiting.popleft()
-            self._answers.append(Answer(record.token, None, error))
+            in_doubt = error.code is Code.FORBIDDEN and record.sent > 1
+            self._answers.append(Answer(record.token, None, _in_doubt(error) if in_doubt else error))
             if error.code is Code.STATE_MISMATCH:
                 self.detach()  # opening again tells which version of the model the stream goes by
 
@@ -407,7 +410,10 @@ class Writer:
         if self._open_token is not None:
             self._answers.append(Answer(self._open_token, None, error))
             self._open_token = None
-        self._answers.extend(Answer(record.token, None, error) for record in self.backlog.clear())
+        # A right that was taken away says nothing of what the daemon has accepted before.
+        sent = len(self.backlog.in_flight) if isinstance(error, Refused) and error.code is Code.FORBIDDEN else 0
+        for number, record in enumerate(self.backlog.clear()):
+            self._answers.append(Answer(record.token, None, _in_doubt(error) if number < sent else error))
         # A stream that is lost is closed; only one that nobody answered for may be there still.
         self._finish(error, told=error if isinstance(error, Unanswered) else None)
 
@@ -422,6 +428,15 @@ class Writer:
 def _milliseconds(seconds: float) -> int:
     """A CHUNK's ``code``. One that goes again late still says that it does not wait for ever."""
     return min(max(int(seconds * 1000), 1), 0xFFFF)
+
+
+def _is_cut_off(error: Refused, record: Record) -> bool:
+    """Whether the stream is not ours any more, and what is in flight may have been run before."""
+    return error.code is Code.FORBIDDEN and record.sent > 1 and record.payload.type is wire.Type.CHUNK
+
+
+def _in_doubt(error: RecurdError) -> Unanswered:
+    return Unanswered(f"{error}; what had been sent by then may have been run")
 
 
 def _forgotten(stream: str) -> str:

@@ -268,6 +268,32 @@ def test_rights_that_change_hold_for_connections_that_are_open(house: House) -> 
             client.open("cellar")
 
 
+@pytest.mark.parametrize("what", ["key", "right"])
+def test_what_is_under_way_when_rights_go_is_called_refused_only_where_it_was_not_run(house: House, what: str) -> None:
+    key = house.clients / "a.key"
+    text = key.read_bytes()
+    with house.serve() as daemon:
+        daemon.ready()
+        with recurd.connect(daemon.endpoint, timeout_seconds=2, **house.keys("a")) as client:
+            stream = client.open("s")
+            futures = [stream.submit(PUMP.draw(4000, np.random.default_rng(seed))) for seed in range(60)]
+            futures[0].result(30)
+            if what == "key":
+                key.unlink()
+            else:
+                house.write('[tenants.a]\nrights = ["state"]\n')
+            reload(daemon)
+            errors = [future.exception(30) for future in futures]
+        refused = sum(isinstance(error, recurd.Refused) for error in errors)
+        assert {type(error) for error in errors} <= {type(None), recurd.Refused, recurd.Unanswered}
+        key.write_bytes(text)
+        house.write("")
+        reload(daemon)
+        with recurd.connect(daemon.endpoint, **house.keys("a")) as client:
+            ran = client.open("s", mode="resume").last_seq
+    assert errors.count(None) <= ran <= 60 - refused
+
+
 def test_a_reload_that_cannot_be_read_leaves_everything_as_it_was(house: House) -> None:
     with house.serve() as daemon, recurd.connect(daemon.ready().endpoint, **house.keys("a")) as client:
         (house.clients / "a.key").unlink()
