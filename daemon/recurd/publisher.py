@@ -127,9 +127,10 @@ class Publisher:
         """``user`` is ``""`` for a connection that has ended, which had the topic; else he may never have had it."""
         users = self._topics.get(topic, Counter())
         who = user or next(iter(users), "")
-        if users[who] > 0:
-            users[who] -= 1
-        if not +users:
+        users[who] -= 1
+        if users[who] <= 0:
+            del users[who]
+        if not users:
             self._topics.pop(topic, None)
         self.socket.setsockopt(zmq.UNSUBSCRIBE, topic)
 

@@ -276,3 +276,17 @@ def test_who_unsubscribes_from_what_it_never_had_ends_no_subscription_of_others(
                 for _ in range(3):
                     stream.push(draw())
                     assert next(subscriber).stream == "s"
+
+
+def test_when_the_last_of_several_users_has_gone_nothing_is_put_out(house: House) -> None:
+    house.write(PUBLISH + '[tenants.b]\nsubscribe = ["a/*"]\n')
+    with house.serve() as daemon:
+        daemon.ready()
+        with recurd.connect(daemon.endpoint, **house.keys("a")) as client:
+            stream = client.open("s")
+            with (
+                subscribed(daemon, "a/*", probe=stream, **house.keys("a")),
+                subscribed(daemon, "a/*", probe=stream, **house.keys("b")),
+            ):
+                pass
+            assert eventually(lambda: settled(daemon, stream)) > 0
