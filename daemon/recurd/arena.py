@@ -164,8 +164,8 @@ class Slots:
     def states(self, streams: list[Stream]) -> list[bytes]:
         """The states of streams none of which is fresh, in bulk."""
         here = [stream for stream in streams if stream.slot != NO_SLOT]
-        if len(here) == len(streams):
-            return self._read(here) if here else []
+        if here and len(here) == len(streams):  # as of nearly every commit
+            return self._read(here)
         rows = iter(self._read(here) if here else ())
         kept = iter(self._kept([stream for stream in streams if stream.slot == NO_SLOT]))
         return [next(kept if stream.slot == NO_SLOT else rows) for stream in streams]

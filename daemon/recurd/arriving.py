@@ -216,10 +216,7 @@ def _check_parcel(parcel: Parcel, lane: Lane, *, is_run: bool) -> None:
     if saved.state is not None and len(saved.state) != lane.row_bytes:
         raise Refused(Code.BAD_REQUEST, f"the state of stream '{saved.name}' does not have {lane.row_bytes} bytes")
     if saved.state is not None and not is_run:
-        try:
-            lane.check_finite(saved.state)
-        except Refused as refusal:
-            raise Refused(refusal.code, f"the state of stream '{saved.name}' holds NaN or infinity") from None
+        lane.check_finite(saved.state, f"the state of stream '{saved.name}'")
     if len(parcel.answers) != saved.seq - saved.acked:
         raise Refused(Code.BAD_REQUEST, f"answers of stream '{saved.name}' are missing")
     for number, (seq, generation, header, payload) in enumerate(parcel.answers, saved.acked + 1):

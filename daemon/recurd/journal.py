@@ -80,6 +80,20 @@ class _Identity(msgspec.Struct, frozen=True, array_like=True):
     idle_timeout: float
     held: str
 
+    @classmethod
+    def of(cls, stream: Stream) -> "_Identity":
+        """A stream's as it is now."""
+        lane = stream.lane
+        return cls(
+            stream.tenant,
+            stream.name,
+            lane.name,
+            lane.version,
+            stream.first_generation,
+            stream.idle_timeout,
+            held_by(stream),
+        )
+
 
 class Journal:
     """The open store. Owns its folder, which no other process can open meanwhile."""
@@ -347,7 +361,7 @@ class _Changes:
         """A stream as it stands; ``state`` is ``None`` for one that is fresh."""
         key = _HANDLE.pack(stream.handle)
         if stream.stored != identity(stream):
-            self.streams.append(_entry(key, msgspec.msgpack.encode(_identity(stream))))
+            self.streams.append(_entry(key, msgspec.msgpack.encode(_Identity.of(stream))))
         if stream.forgotten < stream.apart:
             self.gone += [_ANSWER.pack(stream.handle, seq) for seq in forgotten(stream)]
         answers, end = beside(stream), stream.apart
@@ -372,19 +386,6 @@ class _Changes:
         self.ended.append(_HANDLE.pack(stream.handle))
         if how is not None:
             self.endings.append(msgspec.msgpack.encode((stream.handle, how)))
-
-
-def _identity(stream: Stream) -> _Identity:
-    lane = stream.lane
-    return _Identity(
-        stream.tenant,
-        stream.name,
-        lane.name,
-        lane.version,
-        stream.first_generation,
-        stream.idle_timeout,
-        held_by(stream),
-    )
 
 
 def _state(value: bytes) -> tuple[tuple[Any, ...], list[SavedAnswer], bytes | None]:

@@ -80,7 +80,8 @@ class Lane:
         self.row_bytes = device.row_bytes
         #: Streams of the model, and how many there may be: as many as have room for their states. None is waited for
         #: in memory where there is a journal.
-        self.streams, self._streams_of = 0, _no_streams()
+        self.streams = 0
+        self._streams_of: Counter[str] = Counter()
         #: Idle time-out of its streams, and the longest that one may ask for.
         self.idle_seconds = config.timeouts.stream_idle_seconds
         for model in config.models:
@@ -102,21 +103,9 @@ class Lane:
         self._queued_bytes = 0
         #: Whether a tick is out.
         self.busy = False
-        # input
-        self._dtype = int(wire.DTYPES[contract.input.dtype])
-        self._numpy_type = wire.NUMPY_TYPES[wire.DTYPES[contract.input.dtype]]
-        self._width = contract.input.width
-        self._step_bytes = self._width * self._numpy_type.itemsize
-        self._classes = contract.input.classes
         self._max_steps = config.limits.chunk_steps
-        # output
-        self.result_dtype = int(wire.DTYPES[contract.heads[0].dtype])
-        self.result_width = sum(head.width for head in contract.heads)
-        self._result_step_bytes = self.result_width * np.dtype(contract.heads[0].dtype).itemsize
-        #: Bytes of results that come of a byte of a chunk.
-        self._due_ratio = self._result_step_bytes / self._step_bytes
+        self._take_form(contract)
         self._is_finite = _gives_finite(contract)
-        self._heads = [(head.per == "step", head.width * np.dtype(head.dtype).itemsize) for head in contract.heads]
         # states
         self.layout = Layout(contract.state_hash, contract.states)
         #: What a request for a state is counted as while it waits: the bytes of its answer. Takes no memory.
@@ -249,6 +238,22 @@ class Lane:
             return Refused(Code.EMPTY, "a chunk has at least one step")
         return Refused(Code.TOO_LONG, f"a chunk has at most {self._max_steps} steps, this one {header.steps}")
 
+    def _take_form(self, contract: Contract) -> None:
+        """Input and output, which are the same in every file that may take this one's place."""
+        # input
+        self._dtype = int(wire.DTYPES[contract.input.dtype])
+        self._numpy_type = wire.NUMPY_TYPES[wire.DTYPES[contract.input.dtype]]
+        self._width = contract.input.width
+        self._step_bytes = self._width * self._numpy_type.itemsize
+        self._classes = contract.input.classes
+        # output
+        self.result_dtype = int(wire.DTYPES[contract.heads[0].dtype])
+        self.result_width = sum(head.width for head in contract.heads)
+        self._result_step_bytes = self.result_width * np.dtype(contract.heads[0].dtype).itemsize
+        #: Bytes of results that come of a byte of a chunk.
+        self._due_ratio = self._result_step_bytes / self._step_bytes
+        self._heads = [(head.per == "step", head.width * np.dtype(head.dtype).itemsize) for head in contract.heads]
+
     def _take_states(self, contract: Contract) -> None:
         #: The state of a stream at its fresh start.
         self.initial_row = self.layout.join({state.name: state.initial_array() for state in contract.states})
@@ -257,13 +262,13 @@ class Lane:
     def read_state(self, payload: wire.Buffer) -> npt.NDArray[Any]:
         """The row of a state that is given, as bytes. Raises :class:`Refused` for what the model cannot take."""
         row = self.layout.unpack(payload)
-        self.check_finite(row)
+        self.check_finite(row, "the state")
         return np.frombuffer(row, np.uint8)
 
-    def check_finite(self, row: wire.Buffer) -> None:
+    def check_finite(self, row: wire.Buffer, what: str) -> None:
         """Hold a state that is given against what the model could have made. Raises :class:`Refused`."""
         if self._states_are_finite and not self.layout.is_finite(row):
-            raise Refused(Code.NOT_FINITE, "the state holds NaN or infinity")
+            raise Refused(Code.NOT_FINITE, f"{what} holds NaN or infinity")
 
     def spoiled(self, lengths: npt.NDArray[Any], outputs: list[npt.NDArray[Any]]) -> list[int]:
         """Rows of a tick whose results hold NaN or infinity; what stands beyond a row's length is not looked at."""
@@ -299,11 +304,6 @@ class Lane:
             for index, (per_step, _) in enumerate(self._heads)
         ]
         return b"".join([piece for head in heads for piece in head])
-
-
-def _no_streams() -> Counter[str]:
-    """By tenant."""
-    return Counter()
 
 
 def states_of(streams: list[Stream]) -> dict[int, bytes]:

@@ -183,13 +183,10 @@ class Rate:
 
     __slots__ = ("_open_at", "_per_second")
 
-    def __init__(self, per_second: float) -> None:
+    def __init__(self, per_second: float, former: "Rate | None" = None) -> None:
+        """``former``: it goes on from there; what was used up is not given anew because rights are read again."""
         self._per_second = per_second
-        self._open_at = 0.0
-
-    def go_on(self, former: "Rate") -> None:
-        """Where a former rate is."""
-        self._open_at = former._open_at
+        self._open_at: float = 0.0 if former is None else former._open_at
 
     def wait(self, now: float) -> float:
         """Seconds until something is let in; 0 or less: now."""
@@ -198,16 +195,6 @@ class Rate:
     def take(self, amount: float, now: float) -> None:
         """Something was let in."""
         self._open_at = max(self._open_at, now - _BURST_SECONDS) + amount / self._per_second
-
-
-def _rate(per_second: float | None, former: Rate | None) -> Rate | None:
-    """A rate that goes on from a former one: who has spent it does not get it anew because others' rights changed."""
-    if per_second is None:
-        return None
-    rate = Rate(per_second)
-    if former is not None:
-        rate.go_on(former)
-    return rate
 
 
 class Share:
@@ -253,8 +240,9 @@ class Share:
         # The last refusal by its rates, and when.
         self._refused: Refused | None = None
         self._refused_at = 0.0
-        self._chunks_rate = _rate(limits.chunks_per_second, self._chunks_rate)
-        self._bytes_rate = _rate(limits.bytes_per_second, self._bytes_rate)
+        chunks, bytes = limits.chunks_per_second, limits.bytes_per_second
+        self._chunks_rate = None if chunks is None else Rate(chunks, self._chunks_rate)
+        self._bytes_rate = None if bytes is None else Rate(bytes, self._bytes_rate)
 
     def enter(self, chunk: "Chunk", due: float, is_first: bool) -> None:
         """Count a chunk that is about to be queued, and so many bytes of its results to come.

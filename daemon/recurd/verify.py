@@ -79,7 +79,7 @@ class Tolerance(NamedTuple):
 
 def together(lengths: Sequence[int]) -> Plan:
     """All streams whole, in one tick."""
-    return [[Piece(stream, 0, length) for stream, length in enumerate(lengths)]]
+    return sliced(lengths, max(lengths))
 
 
 def sliced(lengths: Sequence[int], steps: int) -> Plan:
