@@ -255,7 +255,7 @@ class Engine:
         if stream.closing is not None:
             raise Refused(Code.CLOSED, f"stream '{stream.name}' is being closed")
         if self._lifecycle.draining:
-            raise Refused(Code.DRAINING, "the daemon is shutting down")
+            raise self._lifecycle.shutting_down()
         if stream.lane.is_ending:
             # What was accepted before is answered first; then this record is told how the stream ended.
             raise Refused(

@@ -169,7 +169,8 @@ class Refused(RecurdError):
     """A request was refused. Nothing happened: the stream lives and the seq is free to be used again.
 
     ``expected`` is the seq the daemon waits for (with ``gap`` and ``stale``, else ``None``), ``generation`` the
-    stream's own (with ``stale``); ``retry_after_seconds`` is set for codes in :data:`PASSING`. ``endpoint``,
+    stream's own (with ``stale``); ``retry_after_seconds`` is set for codes in :data:`PASSING`, and with ``draining`` where the
+    streams will be there after a restart. ``endpoint``,
     ``server_key`` and ``group`` (with ``moved``): where the stream is served now, and with which others it left.
     """
 
@@ -194,6 +195,11 @@ class Refused(RecurdError):
         self.endpoint = endpoint
         self.server_key = server_key
         self.group = group
+
+    @property
+    def is_passing(self) -> bool:
+        """Whether the same request may succeed later, and is to be made again by itself."""
+        return self.code in PASSING or self.retry_after_seconds is not None
 
     def __str__(self) -> str:
         return f"{self.code.word}: {self.text}"

@@ -24,6 +24,8 @@ from recurd.tenants import LOCAL, NOBODY, Tenant, Tenants
 if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
 
+#: What a client waits before it asks a daemon again that is about to be started anew.
+_RESTART_RETRY_SECONDS = 0.25
 _TYPES = {Kind.CHUNK: wire.Type.CHUNK, Kind.RESET: wire.Type.RESET}
 
 
@@ -74,6 +76,11 @@ class Lifecycle:
         self._log = log
         #: New connections and streams are refused.
         self.draining = False
+
+    def shutting_down(self) -> Refused:
+        """What new work is told while the daemon is draining: to come again, where its streams will go on."""
+        again = None if self._durability == "off" else _RESTART_RETRY_SECONDS
+        return Refused(Code.DRAINING, "the daemon is shutting down", retry_after_seconds=again)
 
     # --- connections ---
 
@@ -156,7 +163,7 @@ class Lifecycle:
 
     def _admit_peer(self, peer: Peer) -> None:
         if self.draining:
-            raise Refused(Code.DRAINING, "the daemon is shutting down")
+            raise self.shutting_down()
         # As with the rest of the room: a tenant may have as many as are still free, so others always get in.
         free = self._limits.connections - len(self._peers)
         is_greedy = free > 0 and self._tenants.is_shared and self._peers.count(peer.tenant) >= free
@@ -221,7 +228,7 @@ class Lifecycle:
         if request.mode == "resume":
             self._check_resume(stream, request, peer)
         elif self.draining and (stream is None or request.mode == "new"):
-            raise Refused(Code.DRAINING, "the daemon is shutting down")
+            raise self.shutting_down()
         if stream is None or request.mode == "new":
             self._make_room(lane, peer, stream)
             idle_timeout = request.idle_timeout_seconds or lane.idle_seconds

@@ -13,7 +13,7 @@ import msgspec
 
 from recurd import wire
 from recurd.backlog import Backlog, Record
-from recurd.errors import PASSING, Broken, Code, RecurdError, Refused, Unanswered
+from recurd.errors import Broken, Code, RecurdError, Refused, Unanswered
 from recurd.signature import Signature
 
 Mode = Literal["auto", "resume", "new"]
@@ -204,7 +204,7 @@ class Writer:
         if isinstance(error, Broken):
             self.end(error)
         elif (
-            error.code in PASSING
+            error.is_passing
             or (self.is_open and error.code in (Code.DRAINING, Code.INTERNAL))
             or (error.code is Code.UNKNOWN_STREAM and now < self.awaited_until)
         ):
@@ -351,7 +351,7 @@ class Writer:
             self._open_again(error)
         elif error.code is Code.GAP:
             self._missed(error.expected or 0, seq)
-        elif error.code in PASSING:
+        elif error.is_passing:
             self._wait(error, now)
             backlog.put_back(seq, seq)
         else:
@@ -398,7 +398,7 @@ class Writer:
         self._closing = False
         if isinstance(error, Broken) or error.code in (Code.UNKNOWN_HANDLE, Code.CLOSED):
             self._finish(RecurdError(f"stream '{self.stream}' was closed"))
-        elif error.code in PASSING:
+        elif error.is_passing:
             self._wait(error, now)
         else:
             self._finish(error, told=error)

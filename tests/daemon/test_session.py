@@ -16,7 +16,7 @@ from recurd import config, wire
 from recurd.backlog import Record
 from recurd.contract import Contract, Head, Input, Source, State
 from recurd.engine import Engine
-from recurd.errors import Broken, Code, RecurdError, Refused
+from recurd.errors import PASSING, Broken, Code, RecurdError, Refused
 from recurd.lifecycle import Identity
 from recurd.session import Limits, Session
 from recurd.signature import GET_STATE, RESET, Payload, clone
@@ -113,7 +113,8 @@ class Reference:
         request = wire.decode_body(payload, wire.Open)
         life = self.lives.get(request.stream)
         if self.refuse_opens:
-            return self.refuse(peer, header, self.refuse_opens, retry_after_seconds=0.5)
+            again = 0.5 if self.refuse_opens in PASSING else None
+            return self.refuse(peer, header, self.refuse_opens, retry_after_seconds=again)
         if request.mode == "resume" and life is None:
             return self.refuse(peer, header, Code.UNKNOWN_STREAM)
         if life is None or request.mode == "new":

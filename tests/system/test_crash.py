@@ -70,6 +70,36 @@ def test_a_client_goes_on_by_itself_over_a_restart(pump: Path, tmp_path: Path) -
     assert "recurd_commit_seconds_count" in metrics
 
 
+def test_nobody_notices_that_a_durable_daemon_is_stopped_while_it_works(pump: Path, tmp_path: Path) -> None:
+    config = tmp_path / "recurd.toml"
+    config.write_text("[tick]\nrows = 1\nsteps = 1\n[limits]\nstream_credit = 8\nchunk_steps = 4096\n")
+    with serve(tmp_path, pump, tmp_path / "journal", "--config", config) as first:
+        first.ready()
+        with recurd.connect(f"ipc://{tmp_path}/socket") as client:
+            stream, other = client.open("s", model="pump"), client.open("other", model="pump")
+            other.push(draw(1))
+            futures = [stream.submit(draw(seed, 1200)) for seed in range(10)]
+            eventually(lambda: first.metric('recurd_chunks_received_total{model="pump"}') >= 8)
+            first.process.send_signal(signal.SIGTERM)
+            first.expect("STOPPING=1")
+            meanwhile = [other.submit(draw(2)), stream.submit(draw(10, 1200))]
+            refused = 'recurd_refused_total{code="draining"}'
+            eventually(lambda: first.metric(refused) >= 2)
+            other_future = client.submit_many({other: draw(3)})[other]
+            first.wait()
+            with serve(tmp_path, pump, tmp_path / "journal", "--config", config) as second:
+                second.ready()
+                results = [future.result(30) for future in [*futures, meanwhile[1]]]
+                others = [meanwhile[0].result(30), other_future.result(30)]
+                late = client.open("late", model="pump").push(draw(1))
+
+    whole = PUMP.run(np.concatenate([draw(seed, 1200) for seed in range(11)]))[0]["output"]
+    np.testing.assert_allclose(np.concatenate(results), whole, rtol=1e-4, atol=1e-5)
+    whole = PUMP.run(np.concatenate([draw(seed) for seed in (1, 2, 3)]))[0]["output"]
+    np.testing.assert_allclose(np.concatenate(others), whole[5:], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(late, whole[:5], rtol=1e-4, atol=1e-5)
+
+
 def test_two_daemons_do_not_share_a_journal(pump: Path, tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     with serve(tmp_path, pump, tmp_path / "journal") as first:
