@@ -336,7 +336,8 @@ class Stream(OpenStream):
         of token ids.
 
         ``expires_seconds``: how long from now the chunk may wait to be started, at most 65.5 s. One that is not by then
-        is refused (``late``) and has not happened. One that was sent, and its connection lost, may have run by then.
+        is refused (``late``) and has not happened. Its time on the way, until the daemon reads it between two runs of
+        the model, is not counted. One that was sent, and its connection lost, may have run by then.
 
         Raises:
             TypeError, ValueError: the chunk is not what the model takes; nothing was sent.

@@ -330,7 +330,23 @@ class Engine:
             self._settle(stream, now)
         lane.scheduler.pace.ran(now - tick.taken_at, len(tick.rows))
         _count_tick(lane.stats, tick, finished, now)
-        self._give_up([tick.rows[index] for index in spoiled], Code.POISONED)
+        if spoiled:
+            self._withdraw([tick.rows[index] for index in spoiled])
+
+    def _withdraw(self, rows: list[Row]) -> None:
+        """Give nobody the results of rows that hold NaN or infinity."""
+        stream = rows[0].stream
+        stream.lane.stats.results_not_finite += len(rows)
+        # One line a tick, however many it spoils, with one of them to look at.
+        self._log.warning(
+            "results_not_finite",
+            model=stream.lane.name,
+            rows=len(rows),
+            tenant=stream.tenant,
+            stream=stream.name,
+            seq=stream.answered + 1,
+        )
+        self._give_up(rows, Code.POISONED)
 
     def fail(self, tick: Tick, error: Exception, now: float) -> None:
         """A tick's run raised, and what became of its rows is not known.
@@ -347,7 +363,7 @@ class Engine:
         self._give_up(tick.rows, Code.FAILED)
 
     def _give_up(self, rows: list[Row], code: Code) -> None:
-        """See :meth:`fail`."""
+        """See :meth:`complete` and :meth:`fail`."""
         for row in rows:
             if row.stream.ended:
                 continue

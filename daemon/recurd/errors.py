@@ -169,9 +169,9 @@ class Refused(RecurdError):
     """A request was refused. Nothing happened: the stream lives and the seq is free to be used again.
 
     ``expected`` is the seq the daemon waits for (with ``gap`` and ``stale``, else ``None``), ``generation`` the
-    stream's own (with ``stale``); ``retry_after_seconds`` is set for codes in :data:`PASSING`, and with ``draining`` where the
-    streams will be there after a restart. ``endpoint``,
-    ``server_key`` and ``group`` (with ``moved``): where the stream is served now, and with which others it left.
+    stream's own (with ``stale``); ``retry_after_seconds`` is set for codes in :data:`PASSING`, and with ``draining``
+    where the streams will be there after a restart. ``endpoint``, ``server_key`` and ``group`` (with ``moved``): where
+    the stream is served now, and with which others it left.
     """
 
     def __init__(

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from functools import partial
+from numbers import Real
 from typing import Any, get_args
 
 import numpy.typing as npt
@@ -102,9 +103,11 @@ class OpenStream:
         return self._session.welcome.max_message_bytes
 
     def _starts_by(self, expires_seconds: float | None) -> float:
-        """When it will be too late to start a chunk that is handed in now. Raises ValueError."""
+        """When it will be too late to start a chunk that is handed in now. Raises TypeError and ValueError."""
         if expires_seconds is None:
             return math.inf
+        if not isinstance(expires_seconds, Real):
+            raise TypeError(f"expires_seconds is a number, not {expires_seconds!r}")
         if not 0 < expires_seconds <= wire.MAX_EXPIRES_SECONDS:
             raise ValueError(
                 f"expires_seconds is more than 0 and at most {wire.MAX_EXPIRES_SECONDS:g}, not {expires_seconds}"

@@ -503,7 +503,13 @@ def _open(folder: Path, *, sync: bool = True) -> lmdb.Environment:
     except lmdb.Error as error:
         if is_new:  # on a full disk an empty file is made, which would be taken for one that lost all it had
             data.unlink(missing_ok=True)
-        raise JournalError(f"{folder}: cannot be opened: {_words(error)}") from error
+        what = "cannot be opened" if _is_of_system(error) else "the journal is damaged"
+        raise JournalError(f"{folder}: {what}: {_words(error)}") from error
+
+
+def _is_of_system(error: lmdb.Error) -> bool:
+    """Whether it is an error of the file system; those of a store have a class each."""
+    return type(error) in (lmdb.Error, lmdb.DiskError)
 
 
 def _words(error: Exception) -> str:
@@ -567,7 +573,7 @@ def _commit_once(env: lmdb.Environment, folder: Path) -> None:
         with env.begin(write=True) as transaction:
             transaction.put(*_entry(_FORMAT_KEY, _FORMAT), db=env.open_db(b"meta", txn=transaction))
     except lmdb.Error as error:
-        if type(error) in (lmdb.Error, lmdb.DiskError):  # the system's errors; those of a store have a class each
+        if _is_of_system(error):
             raise JournalError(f"{folder}: cannot be written: {_words(error)}") from error
         raise
 

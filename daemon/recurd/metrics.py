@@ -35,7 +35,8 @@ MODEL_COUNTERS: tuple[Row, ...] = (
     ("streams_paged_out", "Streams whose slot was given to others; their states wait elsewhere.", "paged_out"),
     ("streams_paged_in", "Streams whose state came back onto the device for a tick.", "paged_in"),
     ("ticks", "Runs of the model.", "ticks"),
-    ("ticks_failed", "Runs of the model that raised; their streams are lost.", "ticks_failed"),
+    ("ticks_failed", "Runs of the model that raised.", "ticks_failed"),
+    ("results_not_finite", "Results with NaN or infinity; nobody was given them.", "results_not_finite"),
 )
 MODEL_HISTOGRAMS: tuple[Row, ...] = (
     ("tick_rows", "Streams in one run of the model.", "rows"),

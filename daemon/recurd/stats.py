@@ -73,6 +73,8 @@ class ModelStats:
         self.state_operations = {operation.word: 0 for operation in Operation}
         self.ticks = 0
         self.ticks_failed = 0
+        #: Rows of ticks that held NaN or infinity.
+        self.results_not_finite = 0
         #: Steps the model ran only to square up ragged rows.
         self.padded_steps = 0
         #: Streams whose slot was given to others, and whose state came back onto the device.

@@ -248,6 +248,7 @@ def test_no_model_at_all_is_told() -> None:
     ("arguments", "exit_code", "sentence"),
     [
         (["--bind", "tcp://0.0.0.0:7070"], ExitCode.CONFIG, "command line: bind: 'tcp://0.0.0.0:7070' can be reached"),
+        (["--journal", ""], ExitCode.CONFIG, "command line: durability.directory: mode 'process' needs a folder"),
         (["--slots", "0"], ExitCode.CONFIG, "command line: slots: expected `int` >= 1"),
         (["--device", "gpu"], ExitCode.CONFIG, "command line: device: 'gpu' is not one of auto, cpu"),
         (["--config", "none.toml"], ExitCode.CONFIG, "none.toml: there is no such file"),

@@ -64,6 +64,8 @@ def test_a_chunk_that_is_late_is_refused_and_the_stream_goes_on_without_it(
 def test_a_time_that_no_chunk_can_carry_is_refused_at_once(stream: recurd.Stream, seconds: float) -> None:
     with pytest.raises(ValueError, match=r"at most 65\.535"):
         stream.push([1.0], expires_seconds=seconds)
+    with pytest.raises(TypeError, match="expires_seconds is a number"):
+        stream.push([1.0], expires_seconds="1")  # type: ignore[arg-type]
     assert stream.push([1.0]).tolist() == [[1]]  # type: ignore[union-attr]
 
 

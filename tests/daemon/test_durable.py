@@ -688,6 +688,17 @@ def filled(folder: Path, model: Model) -> Path:
     return folder / "journal" / "data.mdb"
 
 
+def test_a_damaged_first_page_is_called_damage(model: Model, tmp_path: Path) -> None:
+    data = filled(tmp_path, model)
+    content = bytearray(data.read_bytes())
+    for page in (0, 4096):  # LMDB's two meta pages, by turns the valid one
+        content[page + 16 : page + 20] = b"\0\0\0\0"  # MDB_MAGIC
+    data.write_bytes(content)
+
+    with pytest.raises(JournalError, match="the journal is damaged"):
+        Daemon(tmp_path, model)
+
+
 def test_a_truncated_journal_is_said_and_left_alone(model: Model, tmp_path: Path) -> None:
     data = filled(tmp_path, model)
     size = data.stat().st_size
@@ -867,6 +878,9 @@ def test_a_result_that_is_not_finite_is_taken_back_and_touches_nobody_else(daemo
 
     assert told[bad].code == "run_failed"
     assert "gave NaN or infinity" in told[bad].body["text"]
+    (line,) = [event for event in daemon.events if event["event"] == "results_not_finite"]
+    assert (line["level"], line["rows"], line["stream"], line["seq"]) == ("warning", 1, "bad", 2)
+    assert daemon.stats.models["pump"].results_not_finite == 1
     np.testing.assert_allclose(told[good].output, expected(draw(3, 3)), rtol=1e-4, atol=1e-5)
     whole = expected(draw(1, 4), draw(2, 3))
     np.testing.assert_allclose(np.concatenate([before.output, again.output]), whole, rtol=1e-4, atol=1e-5)

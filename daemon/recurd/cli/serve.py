@@ -35,7 +35,7 @@ connect, 78 the configuration is wrong, 130 interrupted while it started.
 @click.option("--key", help="The daemon's own .key_secret file: tcp clients are authenticated, by --clients.")
 @click.option("--clients", help="Folder of the public keys that are let in; NAME.key is tenant NAME's.")
 @click.option("--insecure", is_flag=True, default=None, help="Serve beyond this machine without authentication.")
-@click.option("--journal", type=click.Path(path_type=Path), help="Folder in which streams outlive the daemon.")
+@click.option("--journal", type=click.Path(), help="Folder in which streams outlive the daemon.")
 @click.option(
     "--durability",
     type=click.Choice(["off", "process", "power"]),
@@ -71,7 +71,7 @@ def build_config(
     log_format: str | None,
     log_level: str | None,
     bind: tuple[str, ...],
-    journal: Path | None,
+    journal: str | None,
     durability: str | None,
     accept_drift: bool | None,
     key: str | None,
@@ -87,11 +87,10 @@ def build_config(
         changes["bind"] = bind
     if journal is not None and durability is None and settings.durability.mode == "off":
         durability = "process"
-    folder = None if journal is None else str(journal)
     sections: dict[str, dict[str, Any]] = {
         "log": {"format": log_format, "level": log_level},
         "auth": {"key": key, "clients": clients},
-        "durability": {"mode": durability, "directory": folder, "accept_drift": accept_drift},
+        "durability": {"mode": durability, "directory": journal, "accept_drift": accept_drift},
     }
     for name, keys in sections.items():
         changes[name] = {key: value for key, value in keys.items() if value is not None}
