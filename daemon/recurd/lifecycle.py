@@ -18,7 +18,7 @@ from recurd.lane import Lane, Room
 from recurd.peers import Outbox, Peer, Peers
 from recurd.saving import SavedAnswer, SavedStream, Unsaved, answer
 from recurd.stats import Stats
-from recurd.streams import Chunk, Kind, Redirect, Stream, Streams
+from recurd.streams import Chunk, Kind, Redirect, Stream, Streams, not_allowed
 from recurd.tenants import LOCAL, NOBODY, Tenant, Tenants
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ class Lifecycle:
     def check_stranger(self, header: wire.Header, peer: Peer) -> None:
         """Hold a message against what somebody may say who has not been welcomed. Raises :class:`Refused`."""
         if peer.rights is NOBODY:
-            raise Refused(Code.FORBIDDEN, "this key is not known here (any more)")
+            raise _unknown_key()
         if header.type != wire.Type.HELLO:
             raise Refused(Code.HELLO_REQUIRED, "say HELLO first")
         if peer.user != LOCAL and not _is_given(peer.routing_id):
@@ -102,7 +102,7 @@ class Lifecycle:
     def cut(self) -> list[bytes]:
         """Rights have changed: forget connections whose key is not known any more, detach streams no longer allowed.
 
-        The routing ids of those connections.
+        All of them are told at once, unasked. The routing ids of those connections.
         """
         gone = []
         for peer in self._peers.all():
@@ -110,6 +110,7 @@ class Lifecycle:
             if rights is None or rights.name != peer.tenant:
                 peer.frames, peer.records = [], []
                 self._forget_peer(peer)
+                self._outbox.send_error(peer, wire.NO_HEADER, _unknown_key())
                 gone.append(peer.routing_id)
                 continue
             peer.rights = rights
@@ -120,6 +121,8 @@ class Lifecycle:
                     self._streams.detach(handle)
                     self._stats.streams["attached"] -= 1
                     self._stats.streams["detached"] += 1
+                    header = wire.NO_HEADER._replace(handle=handle, generation=stream.generation)
+                    self._outbox.send_error(peer, header, not_allowed(stream))
         return gone
 
     def hello(self, header: wire.Header, payload: wire.Buffer, peer: Peer) -> None:
@@ -555,6 +558,10 @@ class Lifecycle:
         silent = self._peers.longest_silent()
         expiry = None if silent is None else silent.last_seen + self._timeouts.peer_idle_seconds
         return min((time for time in (self._streams.deadline(), expiry) if time is not None), default=None)
+
+
+def _unknown_key() -> Refused:
+    return Refused(Code.FORBIDDEN, "this key is not known here (any more)")
 
 
 def _is_given(routing_id: bytes) -> bool:

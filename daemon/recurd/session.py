@@ -30,6 +30,9 @@ JOIN_BYTES = 256 * 1024
 #: Codes of a HELLO's ERROR after which it is said again.
 _HELLO_AGAIN = frozenset({Code.BUSY, Code.DRAINING, Code.INTERNAL, Code.HELLO_REQUIRED})
 
+#: What an ERROR about a connection or a stream as a whole replies to: nothing, or no more than a PING.
+_UNASKED = frozenset({0, wire.Type.PING})
+
 _ANSWERS = frozenset(wire.ANSWERS.values())
 
 
@@ -396,6 +399,8 @@ class Session:
             self.disconnected(now)
         elif isinstance(error, Refused) and error.endpoint is not None:
             self._moved(header, error, now)
+        elif error.code is Code.FORBIDDEN and body.in_reply_to in _UNASKED:
+            self._cut_off(header.handle, error)
         elif body.in_reply_to in wire.RECORDS:
             if writer := self._by_handle.get(header.handle):
                 writer.refused(header.seq, header.flags & wire.ATTEMPT, error, now)
@@ -406,6 +411,14 @@ class Session:
             self._settle(writer)
         elif body.in_reply_to != wire.Type.PING:
             self.disconnected(now)  # a frame of ours was not understood: what stood in it will not be answered
+
+    def _cut_off(self, handle: int, error: Refused | Broken) -> None:
+        """A stream is not ours any more, or with handle 0 nothing is: a right or our key was taken away."""
+        if not handle:
+            self.end(error)
+        elif writer := self._by_handle.get(handle):
+            writer.end(error)
+            self._settle(writer)
 
     def _moved(self, header: wire.Header, error: Refused, now: float) -> None:
         """A stream is served by another daemon: go there, with all streams. Those of a connection move together."""

@@ -238,6 +238,11 @@ class Stream:
         ), b""
 
 
+def not_allowed(stream: Stream) -> Refused:
+    """What a tenant is told of a stream that it had, and may not have any more."""
+    return Refused(Code.FORBIDDEN, f"tenant '{stream.tenant}' may not have stream '{stream.name}' any more")
+
+
 class Redirect(NamedTuple):
     """Where streams that were here are now."""
 
@@ -348,7 +353,7 @@ class Streams:
     def _not_found(self, header: wire.Header, peer: "Peer", stream: Stream | None) -> Refused | Broken:
         if stream is not None and stream.tenant == peer.tenant:
             if not peer.rights.may_have(stream.name, stream.lane.name):
-                return Refused(Code.FORBIDDEN, f"tenant '{peer.tenant}' may not have stream '{stream.name}' any more")
+                return not_allowed(stream)
             return Refused(Code.DETACHED, f"stream '{stream.name}' was opened on another connection since")
         ended = self._end_of(header.handle)
         if ended is not None and ended.tenant == peer.tenant:

@@ -22,6 +22,8 @@ RETRY_SECONDS = 0.05
 #: Codes of a record's ERROR that the stream does not survive, besides the breaking ones: its numbers or its life are
 #: not those we know, so somebody else has started it afresh or closed it.
 _LOST = frozenset({Code.STALE, Code.CLOSED, Code.UNKNOWN_STREAM})
+#: Codes after which the stream goes on without us.
+_NOT_OURS = frozenset({Code.FORBIDDEN, Code.DETACHED})
 # As plain integers: an IntFlag's operators cost more than the rest of an answer.
 _FRESH, _DUPLICATE, _GONE = int(wire.Flag.FRESH), int(wire.Flag.DUPLICATE), int(wire.Flag.GONE)
 
@@ -297,7 +299,7 @@ class Writer:
         if record is None:
             return
         if self._is_not_ours(header, record):
-            self.end(self._taken_over())
+            self.end(self._taken_over(), header.seq)
             return
         assert self.signature is not None  # set with the first OPENED
         if self.signature.is_foreign(record.payload, payload) and not self._reopened:
@@ -344,11 +346,11 @@ class Writer:
             return
         self._progressed(now)
         if isinstance(error, Broken) or _is_cut_off(error, record):
-            self.end(error)
+            self.end(error, seq)
         elif error.code in _LOST:
             self.end(_broken(error))
         elif error.code in (Code.UNKNOWN_HANDLE, Code.DETACHED):
-            self._open_again(error)
+            self._open_again(error, seq)
         elif error.code is Code.GAP:
             self._missed(error.expected or 0, seq)
         elif error.is_passing:
@@ -370,7 +372,7 @@ class Writer:
             text = f"the daemon waits for chunk {expected} of '{self.stream}', which was answered before"
             self.end(Broken(Code.UNKNOWN_STREAM, text))
 
-    def _open_again(self, error: Refused) -> None:
+    def _open_again(self, error: Refused, seq: int) -> None:
         """The daemon does not take our records for this stream's any more.
 
         `detached` is believed unless an OPEN of our own may be to blame, read late from a connection that was lost: two
@@ -382,7 +384,7 @@ class Writer:
         else:
             final, self._reopened = self._reopened, True
         if final:
-            self.end(error)
+            self.end(error, seq)
         else:
             self.detach()
 
@@ -403,19 +405,28 @@ class Writer:
         else:
             self._finish(error, told=error)
 
-    def end(self, error: RecurdError) -> None:
-        """There is no stream any more: everything that waits fails with ``error``, and so does everything to come."""
+    def end(self, error: RecurdError, refused: int | None = None) -> None:
+        """There is no stream any more: everything that waits fails with ``error``, and so does everything to come.
+
+        ``refused``: number of the record that the daemon has refused with it, and so those behind.
+        """
         if self.phase is Phase.ENDED:
             return
         if self._open_token is not None:
             self._answers.append(Answer(self._open_token, None, error))
             self._open_token = None
-        # A right that was taken away says nothing of what the daemon has accepted before.
-        sent = len(self.backlog.in_flight) if isinstance(error, Refused) and error.code is Code.FORBIDDEN else 0
-        for number, record in enumerate(self.backlog.clear()):
-            self._answers.append(Answer(record.token, None, _in_doubt(error) if number < sent else error))
+        in_doubt = self._in_doubt(error, refused)
+        for record in self.backlog.clear():
+            self._answers.append(Answer(record.token, None, _in_doubt(error) if record in in_doubt else error))
         # A stream that is lost is closed; only one that nobody answered for may be there still.
         self._finish(error, told=error if isinstance(error, Unanswered) else None)
+
+    def _in_doubt(self, error: RecurdError, refused: int | None) -> set[Record]:
+        """Records that may have been run: that the stream is not ours any more says nothing of what was accepted."""
+        if not isinstance(error, Refused) or error.code not in _NOT_OURS:
+            return set()
+        in_flight = self.backlog.in_flight.items()
+        return {record for seq, record in in_flight if refused is None or seq < refused or record.sent > 1}
 
     def _finish(self, error: RecurdError, told: RecurdError | None = None) -> None:
         """``error`` is for what is asked of the stream from now on, ``told`` for those who asked to close it."""

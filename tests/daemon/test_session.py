@@ -16,7 +16,7 @@ from recurd import config, wire
 from recurd.backlog import Record
 from recurd.contract import Contract, Head, Input, Source, State
 from recurd.engine import Engine
-from recurd.errors import PASSING, Broken, Code, RecurdError, Refused
+from recurd.errors import PASSING, Broken, Code, RecurdError, Refused, Unanswered
 from recurd.lifecycle import Identity
 from recurd.session import Limits, Session
 from recurd.signature import GET_STATE, RESET, Payload, clone
@@ -713,6 +713,54 @@ def test_who_was_taken_over_by_another_client_is_told_and_does_not_fight(pair: P
     pair.settle()
     assert pair.code("a") is pair.code("b") is Code.DETACHED
     assert pair.daemon.lives["s"].peer == 99
+
+
+def test_what_was_sent_before_another_client_took_over_may_have_been_run(pair: Pair, writer: Writer) -> None:
+    pair.push(writer, "a", 1)
+    pair.turn()
+    pair.deliver_up()  # accepted, and its answer goes to nobody
+    pair.daemon.lives["s"].peer = 99
+    pair.push(writer, "b", 1)
+    pair.settle()
+    assert isinstance(pair.outcomes["a"], Unanswered)
+    assert pair.code("b") is Code.DETACHED
+
+
+def forbid(pair: Pair, handle: int, in_reply_to: int = 0) -> None:
+    """Let the daemon say that something is not allowed any more."""
+    error = wire.Error(code="forbidden", text="not any more", in_reply_to=in_reply_to)
+    record = wire.control(wire.Type.ERROR, error, code=Code.FORBIDDEN, handle=handle)
+    pair.session.receive(wire.frame(record), pair.now)
+    pair.collect()
+
+
+def test_a_stream_that_is_taken_away_ends_at_once_and_what_was_sent_may_have_been_run(
+    pair: Pair, writer: Writer
+) -> None:
+    other = pair.open("t")
+    pair.settle()
+    for number in range(6):  # two over the credit
+        pair.push(writer, str(number), 1)
+    pair.turn()
+    forbid(pair, writer.handle)
+    assert [isinstance(pair.outcomes[str(number)], Unanswered) for number in range(6)] == [True] * 4 + [False] * 2
+    assert pair.code("5") is Code.FORBIDDEN
+    pair.push(other, "other", 1)
+    pair.settle()
+    assert pair.totals("other") == [[1]]
+
+
+@pytest.mark.parametrize("in_reply_to", [0, wire.Type.PING])
+def test_a_client_whose_key_is_not_known_any_more_is_told_at_once(pair: Pair, writer: Writer, in_reply_to: int) -> None:
+    pair.push(writer, "a", 1)
+    pair.turn()
+    forbid(pair, 0, in_reply_to)
+    assert isinstance(pair.outcomes["a"], Unanswered)
+    assert isinstance(pair.session.error, Refused)
+    assert pair.session.error.code is Code.FORBIDDEN
+    pair.push(writer, "b", 1)
+    pair.collect()
+    assert pair.code("b") is Code.FORBIDDEN
 
 
 def test_a_result_of_another_clients_chunk_is_not_taken_for_ours(pair: Pair, writer: Writer) -> None:

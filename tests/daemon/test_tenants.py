@@ -367,6 +367,8 @@ def test_a_key_that_is_taken_away_is_cut_at_once_and_others_stay(open_desk: Open
     desk.tenants.change({}, {"key-a2": "a"})
     desk.engine.rights_changed()
 
+    (told,) = gone.take()
+    assert (told.code, told.header.handle, "in_reply_to" in told.body) == ("forbidden", 0, False)
     assert gone.run(chunk(handle, 2, draw()))[0].code == "forbidden"
     assert stays.run(chunk(other, 1, draw()))[0].type == Type.RESULT
     assert stays.open("s").body["last_seq"] == 1  # what was accepted before was run
@@ -381,6 +383,8 @@ def test_rights_that_are_taken_away_hold_for_streams_that_are_open(open_desk: Op
     desk.tenants.change({"a": Tenant(streams=("hall-*",), rights=("stream",))}, KEYS)
     desk.engine.rights_changed()
 
+    (told,) = caller.take()
+    assert (told.code, told.header.handle, "in_reply_to" in told.body) == ("forbidden", lost, False)
     assert caller.ask(chunk(lost, 1, draw())).code == "forbidden"
     assert caller.ask(reset(kept, 1)).code == "forbidden"
     assert caller.run(chunk(kept, 1, draw()))[0].type == Type.RESULT
