@@ -47,10 +47,7 @@ class Durable:
         self._log = log
         durability = settings.durability
         assert durability.mode != "off"
-        limits = settings.limits
-        self._journal = Journal(
-            Path(durability.directory), durability.mode, max_ended=limits.ended_streams + 2 * limits.streams
-        )
+        self._journal = Journal(Path(durability.directory), durability.mode)
         try:
             self._take_up(models, accept_drift=durability.accept_drift)
         except BaseException:

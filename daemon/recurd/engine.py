@@ -23,6 +23,7 @@ from recurd import wire
 from recurd.admin import Admin
 from recurd.arena import Device, Store
 from recurd.config import Config
+from recurd.endings import Ended
 from recurd.errors import Broken, Code, Refused, StartError
 from recurd.fences import Fences
 from recurd.lane import Lane, Room
@@ -33,7 +34,7 @@ from recurd.saving import SavedAnswer, SavedStream, Saving, Unsaved
 from recurd.scheduler import Row, Tick, assemble
 from recurd.states import States, kind_of
 from recurd.stats import ModelStats, Stats
-from recurd.streams import Chunk, Ended, Kind, Stream, Streams
+from recurd.streams import Chunk, Kind, Stream, Streams
 from recurd.tenants import LOCAL, Tenants
 from recurd.versions import Incompatible, Takeover, Versions
 
@@ -506,7 +507,7 @@ class Engine:
 
     def remember(self, handle: int, ended: Ended) -> None:
         """Know how a stream ended, out of the journal: who comes late is told."""
-        self._streams.remember(handle, ended)
+        self._unsaved.forget(self._streams.remember(handle, ended))
         if ended.redirect is not None and ended.redirect.group is not None:
             self._fences.remember(ended.redirect.group, "released")
 

@@ -21,9 +21,10 @@ from typing import Annotated
 
 import msgspec
 
+from recurd.endings import Redirect
 from recurd.errors import Code, Refused
 from recurd.peers import Peer
-from recurd.streams import Redirect, Stream
+from recurd.streams import Stream
 
 #: A group whose operator is not heard of for so long is let go.
 FENCE_SECONDS = 10.0

@@ -9,8 +9,8 @@ been told stands on disk, and what it was not told has not happened.
 The store is a folder with an LMDB environment of five tables: ``meta`` (format, number of commits, and one
 :class:`~recurd.saving.Stamp` a version of a model), ``streams`` (by handle, what seldom changes), ``states`` (by
 handle, what every record changes: numbers, answers, state), ``answers`` (by handle and seq, those that are too much to
-be written with every state) and ``endings`` (how streams ended, in that order, so that who comes late is told by the
-next daemon too).
+be written with every state) and ``endings`` (by handle, how streams ended, so that who comes late is told by the next
+daemon too).
 
 LMDB trusts what it reads. So every value starts with the CRC-32 of its key and itself, and the number of commits stands
 in ``recurd.lock`` too: damage to the page that names the last transaction would make LMDB go on from the one before it
@@ -31,6 +31,7 @@ from typing import Any, Literal
 import lmdb
 import msgspec
 
+from recurd.endings import Ended
 from recurd.errors import JournalError
 from recurd.saving import (
     SavedAnswer,
@@ -44,10 +45,10 @@ from recurd.saving import (
     held_by,
     identity,
 )
-from recurd.streams import Ended, Stream
+from recurd.streams import Stream
 from recurd.wire import Buffer
 
-_FORMAT = b"4"
+_FORMAT = b"5"
 _TABLES = (b"meta", b"streams", b"states", b"answers", b"endings")
 _FORMAT_KEY = b"format"
 _COMMITS_KEY = b"commits"
@@ -98,10 +99,9 @@ class _Identity(msgspec.Struct, frozen=True, array_like=True):
 class Journal:
     """The open store. Owns its folder, which no other process can open meanwhile."""
 
-    def __init__(self, folder: Path, mode: Literal["process", "power"], *, max_ended: int = 65_536) -> None:
-        """Open a store, or make one, which remembers ``max_ended`` endings. Raises :class:`JournalError`."""
+    def __init__(self, folder: Path, mode: Literal["process", "power"]) -> None:
+        """Open a store, or make one. Raises :class:`JournalError`."""
         self._folder = folder
-        self._max_ended = max_ended
         self._lock = _lock(folder)
         try:
             check(folder)
@@ -249,8 +249,12 @@ class Journal:
     def endings(self) -> Iterator[tuple[int, Ended]]:
         """Handles of streams that ended, and how, the first one first. Raises :class:`JournalError`."""
         with self._read() as transaction:
-            for key, value in transaction.cursor(db=self._endings):
-                yield msgspec.msgpack.decode(_unpack(key, value, "an ending"), type=tuple[int, Ended])
+            found = [
+                (msgspec.msgpack.decode(_unpack(key, value, "an ending"), type=tuple[int, int, Ended]), key)
+                for key, value in transaction.cursor(db=self._endings)
+            ]
+        for (_, _, ended), key in sorted(found, key=lambda one: one[0][:2]):
+            yield _HANDLE.unpack(key)[0], ended
 
     def states(self, handles: list[int]) -> list[bytes]:
         """The states of streams as they were saved last, none of them at a fresh start.
@@ -294,7 +298,8 @@ class Journal:
         for stream in saving.streams:
             changes.add(stream, states.get(stream.handle))
         for stream, how in saving.ended:
-            changes.end(stream, how)
+            changes.end(stream, how, self._commits)
+        changes.forgotten += map(_HANDLE.pack, saving.forgotten)
         while True:
             try:
                 self._put(changes)
@@ -322,22 +327,17 @@ class Journal:
                 transaction.delete(key, db=self._streams)
                 transaction.delete(key, db=self._states)
             transaction.cursor(db=self._states).putmulti(changes.states)
-            for table, entries in ((self._streams, changes.streams), (self._answers, changes.answers)):
+            for table, entries in (
+                (self._streams, changes.streams),
+                (self._answers, changes.answers),
+                (self._endings, changes.endings),
+            ):
                 if entries:
                     transaction.cursor(db=table).putmulti(entries)
-            if changes.endings:
-                self._remember(transaction, changes.endings)
+            for key in changes.forgotten:
+                transaction.delete(key, db=self._endings)
             number = _pack(_COMMITS_KEY, _COMMITS.pack(self._commits + 1))
             transaction.put(_COMMITS_KEY, number, db=self._meta)
-
-    def _remember(self, transaction: Any, endings: list[bytes]) -> None:
-        """Put endings behind those there are, and let the oldest go."""
-        cursor = transaction.cursor(db=self._endings)
-        first = _HANDLE.unpack(cursor.key())[0] + 1 if cursor.last() else 0
-        cursor.putmulti([_entry(_HANDLE.pack(first + index), ending) for index, ending in enumerate(endings)])
-        for _ in range(transaction.stat(self._endings)["entries"] - self._max_ended):
-            cursor.first()
-            cursor.delete()
 
     def _grow(self) -> None:
         try:
@@ -353,9 +353,10 @@ class _Changes:
         self.streams: list[tuple[bytes, bytes]] = []
         self.states: list[tuple[bytes, bytes]] = []
         self.answers: list[tuple[bytes, bytes]] = []
-        self.endings: list[bytes] = []
+        self.endings: list[tuple[bytes, bytes]] = []
         self.gone: list[bytes] = []
         self.ended: list[bytes] = []
+        self.forgotten: list[bytes] = []
 
     def add(self, stream: Stream, state: bytes | None) -> None:
         """A stream as it stands; ``state`` is ``None`` for one that is fresh."""
@@ -380,12 +381,14 @@ class _Changes:
         parts.append(state or b"")
         self.states.append(_entry(key, b"".join(parts)))
 
-    def end(self, stream: Stream, how: Ended | None) -> None:
-        """A stream that has ended; ``how``: ``None`` where nobody is to know of it."""
+    def end(self, stream: Stream, how: Ended | None, commits: int) -> None:
+        """A stream that has ended; ``how``: ``None`` where nobody is to know of it. ``commits`` there were before."""
+        key = _HANDLE.pack(stream.handle)
         self.gone += [_ANSWER.pack(stream.handle, seq) for seq in range(stream.forgotten + 1, stream.apart + 1)]
-        self.ended.append(_HANDLE.pack(stream.handle))
+        self.ended.append(key)
         if how is not None:
-            self.endings.append(msgspec.msgpack.encode((stream.handle, how)))
+            # With the order in which they ended.
+            self.endings.append(_entry(key, msgspec.msgpack.encode((commits, len(self.endings), how))))
 
 
 def _state(value: bytes) -> tuple[tuple[Any, ...], list[SavedAnswer], bytes | None]:

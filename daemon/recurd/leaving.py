@@ -7,13 +7,14 @@ import msgspec
 
 from recurd import wire
 from recurd.admin import Request
+from recurd.endings import Redirect
 from recurd.errors import Code, Refused
 from recurd.fences import Fences, Group, GroupId, OfGroup
 from recurd.lane import states_of
 from recurd.lifecycle import Lifecycle
 from recurd.peers import Outbox, Peers
 from recurd.saving import ModelStamp, Parcel, SavedStream, is_fresh
-from recurd.streams import Redirect, Stream, Streams
+from recurd.streams import Stream, Streams
 
 if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger

@@ -12,13 +12,14 @@ from msgspec import UNSET
 import recurd
 from recurd import wire
 from recurd.config import Config
+from recurd.endings import Redirect
 from recurd.errors import Broken, Code, Refused
 from recurd.fences import Fences
 from recurd.lane import Lane, Room
 from recurd.peers import Outbox, Peer, Peers
 from recurd.saving import SavedAnswer, SavedStream, Unsaved, answer
 from recurd.stats import Stats
-from recurd.streams import Chunk, Kind, Redirect, Stream, Streams, not_allowed
+from recurd.streams import Chunk, Kind, Stream, Streams, not_allowed
 from recurd.tenants import LOCAL, NOBODY, Tenant, Tenants
 
 if TYPE_CHECKING:
@@ -506,8 +507,8 @@ class Lifecycle:
         brings a state or starts fresh.
         """
         lane = stream.lane
-        ended = self._streams.end(stream, code, redirect)
-        self._unsaved.end(stream, ended)
+        ended, forgotten = self._streams.end(stream, code, redirect)
+        self._unsaved.end(stream, ended, forgotten)
         lane.retain(-sum(len(payload) for _, _, (_, payload) in stream.answers), stream.share)
         for chunk in self.take_queue(stream):
             if stream.peer is not None:

@@ -5,12 +5,14 @@ as a :class:`Saving` and hands it to :mod:`recurd.journal`. What is saved is alw
 a chunk that is only partly run has not happened.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import msgspec
 
 from recurd import wire
-from recurd.streams import Answer, Ended, Stream
+from recurd.endings import Ended
+from recurd.streams import Answer, Stream
 
 #: Digits of a state hash that name a version of a model.
 VERSION_DIGITS = 16
@@ -121,6 +123,8 @@ class Saving:
     known: dict[int, bytes]
     #: Streams that have ended, and how; ``None``: nobody is to know of them.
     ended: list[tuple[Stream, Ended | None]]
+    #: Handles of streams of which it is not known any more how they ended.
+    forgotten: list[int]
 
 
 class Unsaved:
@@ -132,6 +136,7 @@ class Unsaved:
         self._streams: dict[int, Stream] = {}
         self._known: dict[int, bytes] = {}
         self._ended: list[tuple[Stream, Ended | None]] = []
+        self._forgotten: list[int] = []
 
     def note(self, stream: Stream, state: bytes | None = None) -> None:
         """A stream began, or a record of it was answered; ``state`` where it is known and not that of a fresh start."""
@@ -142,18 +147,24 @@ class Unsaved:
             elif self._known:
                 self._known.pop(stream.handle, None)
 
-    def end(self, stream: Stream, ended: Ended | None) -> None:
-        """A stream ended."""
+    def end(self, stream: Stream, ended: Ended | None, forgotten: Collection[int] = ()) -> None:
+        """A stream ended, and for that it was forgotten how others did."""
         if self.durable:
             self._streams.pop(stream.handle, None)
             self._known.pop(stream.handle, None)
             self._ended.append((stream, ended))
+            self.forget(forgotten)
+
+    def forget(self, handles: Collection[int]) -> None:
+        """It is not known any more how these streams ended."""
+        if self.durable:
+            self._forgotten += handles
 
     def take(self) -> Saving | None:
         """All of them; ``None`` when there are none. They stay noted until :meth:`saved`."""
-        if not self._streams and not self._ended:
+        if not (self._streams or self._ended or self._forgotten):
             return None
-        return Saving(list(self._streams.values()), self._known, self._ended)
+        return Saving(list(self._streams.values()), self._known, self._ended, self._forgotten)
 
     def saved(self) -> None:
         """What was taken last stands in the journal; nothing was noted since."""
@@ -164,7 +175,7 @@ class Unsaved:
             stream.stored = identity(stream)
             if stream.state is not None:
                 stream.lane.slots.saved(stream)
-        self._streams, self._known, self._ended = {}, {}, []
+        self._streams, self._known, self._ended, self._forgotten = {}, {}, [], []
 
 
 def identity(stream: Stream) -> object:

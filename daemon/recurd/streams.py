@@ -6,17 +6,16 @@ time-out or failure. How it ended is remembered for a while, so that a late reco
 
 import heapq
 import math
-from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from recurd import wire
-from recurd.errors import BREAKING, Broken, Code, Refused
+from recurd.endings import Ended, Endings, Redirect
+from recurd.errors import Broken, Code, Refused
 
 if TYPE_CHECKING:
     from recurd.fences import Group
@@ -243,61 +242,11 @@ def not_allowed(stream: Stream) -> Refused:
     return Refused(Code.FORBIDDEN, f"tenant '{stream.tenant}' may not have stream '{stream.name}' any more")
 
 
-class Redirect(NamedTuple):
-    """Where streams that were here are now."""
-
-    endpoint: str
-    #: The public key of the daemon there, where it has another one than this.
-    server_key: str | None = None
-    #: The group they left with.
-    group: str | None = None
-
-    def error(self, name: str) -> Refused:
-        """What somebody is told who asks for one of them."""
-        text = f"stream '{name}' is served by another daemon, at {self.endpoint}"
-        return Refused(Code.MOVED, text, endpoint=self.endpoint, server_key=self.server_key, group=self.group)
-
-
-@dataclass(frozen=True, slots=True)
-class Ended:
-    """How a stream ended: what a late record or OPEN is told."""
-
-    tenant: str
-    name: str
-    code: Code
-    generation: int
-    last_seq: int
-    #: Where a stream that has moved is now.
-    redirect: Redirect | None = None
-
-    def error(self) -> Refused | Broken:
-        """The error for who comes late."""
-        if self.redirect is not None:
-            return self.redirect.error(self.name)
-        text = f"stream '{self.name}' " + _ENDINGS[self.code]
-        if self.code not in BREAKING:
-            return Refused(self.code, text)
-        return Broken(self.code, text, generation=self.generation, last_seq=self.last_seq)
-
-
-_ENDINGS = {
-    Code.MOVED: "is served by another daemon",
-    Code.CLOSED: "was closed",
-    Code.REPLACED: "was opened anew; its former state is gone",
-    Code.EXPIRED: "was idle for longer than its time-out; its state is gone",
-    Code.FAILED: "was in a run of the model that failed; its state is gone",
-    Code.RELOADED: "was of a version of the model that was replaced; its state is gone",
-    Code.POISONED: "got a result with NaN or infinity from the model; its state is gone",
-}
-
-
 class Streams:
     """All streams, by handle and by name inside a tenant, the order in which they expire, and how ended ones ended."""
 
     def __init__(self, first_handle: int, *, max_ended: int, max_moved: int = 0) -> None:
         self._next_handle = first_handle
-        self._max_ended = max_ended
-        self._max_moved = max_moved
         self._by_handle: dict[int, Stream] = {}
         self._by_name: dict[tuple[str, str], Stream] = {}
         #: Names that are taken for streams which are to begin later (clones); they count like streams.
@@ -306,10 +255,7 @@ class Streams:
         # Each stream stands once in the heap, with a time not later than its expiry; looked at again when that comes.
         # Ended ones are swept out when they are more than the living.
         self._expiry: list[tuple[float, int]] = []
-        self._ended: OrderedDict[int, Ended] = OrderedDict()
-        # Those that are served elsewhere, apart: one that is forgotten would begin here a second time.
-        self._moved: OrderedDict[int, Ended] = OrderedDict()
-        self._ended_names: dict[tuple[str, str], int] = {}
+        self._endings = Endings(max_ended=max_ended, max_moved=max_moved)
 
     def __len__(self) -> int:
         return len(self._by_handle)
@@ -355,8 +301,8 @@ class Streams:
             if not peer.rights.may_have(stream.name, stream.lane.name):
                 return not_allowed(stream)
             return Refused(Code.DETACHED, f"stream '{stream.name}' was opened on another connection since")
-        ended = self._end_of(header.handle)
-        if ended is not None and ended.tenant == peer.tenant:
+        ended = self._endings.of(peer.tenant, header.handle)
+        if ended is not None:
             return ended.error()
         return Refused(Code.UNKNOWN_HANDLE, f"no stream has handle {header.handle} here; open it")
 
@@ -366,11 +312,7 @@ class Streams:
 
     def ending(self, tenant: str, name: str) -> Ended | None:
         """How the last stream of this name ended, when it is remembered."""
-        handle = self._ended_names.get((tenant, name))
-        return None if handle is None else self._end_of(handle)
-
-    def _end_of(self, handle: int) -> Ended | None:
-        return self._ended.get(handle) or self._moved.get(handle)
+        return self._endings.named(tenant, name)
 
     def add(
         self,
@@ -426,12 +368,14 @@ class Streams:
         """The stream's connection is gone."""
         self._by_handle[handle].peer = None
 
-    def end(self, stream: Stream, code: Code, redirect: Redirect | None = None) -> Ended:
-        """Forget a stream and remember how it ended. Its slot and its queue are the caller's."""
+    def end(self, stream: Stream, code: Code, redirect: Redirect | None = None) -> tuple[Ended, list[int]]:
+        """Forget a stream and remember how it ended. Its slot and its queue are the caller's.
+
+        How it ended, and the handles of those of which that is forgotten.
+        """
         self.forget(stream)
         ended = Ended(stream.tenant, stream.name, code, stream.generation, stream.accepted, redirect)
-        self.remember(stream.handle, ended)
-        return ended
+        return ended, self.remember(stream.handle, ended)
 
     def forget(self, stream: Stream) -> None:
         """Forget a stream as if it had never been."""
@@ -442,17 +386,9 @@ class Streams:
             self._expiry = [entry for entry in self._expiry if entry[1] in self._by_handle]
             heapq.heapify(self._expiry)
 
-    def remember(self, handle: int, ended: Ended) -> None:
-        """Remember how a stream ended, as the last one of its name; the oldest memories go."""
-        for memory in (self._ended, self._moved):  # one that has moved may have come back and ended here
-            memory.pop(handle, None)
-        (self._ended if ended.redirect is None else self._moved)[handle] = ended
-        self._ended_names[ended.tenant, ended.name] = handle
-        for memory, most in ((self._ended, self._max_ended), (self._moved, self._max_moved)):
-            while len(memory) > most:
-                handle, oldest = memory.popitem(last=False)
-                if self._ended_names.get((oldest.tenant, oldest.name)) == handle:
-                    del self._ended_names[oldest.tenant, oldest.name]
+    def remember(self, handle: int, ended: Ended) -> list[int]:
+        """Remember how a stream ended, as the last one of its name; the handles of those that are forgotten for it."""
+        return self._endings.add(handle, ended)
 
     def expired(self, now: float) -> list[Stream]:
         """Streams whose idle time-out has passed; the caller ends them. Amortised over records, never a scan of all."""

@@ -18,12 +18,12 @@ from dialogue import Caller, Desk, chunk, closing, opening, reset, state
 from recurd import saving, wire
 from recurd.config import Config, override
 from recurd.durable import RETRY_SECONDS, Durable
-from recurd.errors import Code, JournalError
+from recurd.errors import JournalError
 from recurd.journal import Journal
 from recurd.layout import Layout
 from recurd.model import Model
-from recurd.saving import Saving, Stamp
-from recurd.streams import Stream, Streams
+from recurd.saving import Stamp
+from recurd.streams import Stream
 from recurd.wire import Flag, Operation, Type
 from recurrent import Network, States
 
@@ -39,11 +39,11 @@ def load(network: Network, folder: Path, slots: int = 4) -> Model:
     return Model.load(network.save(folder / "pump.onnx"), slots=slots, threads=1)
 
 
-def config(folder: Path, **durability: Any) -> Config:
+def config(folder: Path, limits: dict[str, int] | None = None, **durability: Any) -> Config:
     changes = {
         "durability": {"mode": "process", "directory": str(folder / "journal")} | durability,
         "tick": {"steps": 6, "rows": 2},
-        "limits": {"stream_credit": 8},
+        "limits": {"stream_credit": 8} | (limits or {}),
     }
     return override(Config(), changes)
 
@@ -51,8 +51,8 @@ def config(folder: Path, **durability: Any) -> Config:
 class Daemon(Desk):
     """A desk whose streams are durable: what callers take was committed before."""
 
-    def __init__(self, folder: Path, model: Model, **durability: Any) -> None:
-        chosen = config(folder, **durability)
+    def __init__(self, folder: Path, model: Model, limits: dict[str, int] | None = None, **durability: Any) -> None:
+        chosen = config(folder, limits, **durability)
         super().__init__({"pump": model}, chosen)
         self.durable = Durable(chosen, self.engine, self.models, stats=self.stats, log=structlog.get_logger())
         try:
@@ -201,14 +201,24 @@ def test_the_next_daemon_knows_how_streams_ended_and_forgets_the_oldest(model: M
             assert caller.ask(wire.frame(chunk(expired, 2, draw(1, 3), ack=1))).body["last_seq"] == 1
             assert caller.open("expired", mode="resume").code == "expired"
             assert caller.open("closed", mode="resume").code == "closed"
-    with contextlib.closing(Journal(tmp_path / "journal", "process", max_ended=3)) as journal:
-        for number in range(5):
-            streams = Streams(number + 1, max_ended=1)
-            stream = streams.add(
-                tenant="local", name=f"s{number}", lane=cast(Any, None), generation=1, idle_timeout=1.0, now=0.0
-            )
-            journal.commit(Saving([], {}, [(stream, streams.end(stream, Code.CLOSED))]), {})
-        assert [(handle, ended.name) for handle, ended in journal.endings()] == [(3, "s2"), (4, "s3"), (5, "s4")]
+    with Daemon(tmp_path, model, {"ended_streams": 3}) as third:
+        caller = third.connect()
+        for number in range(3, 0, -1):  # opened in another order than closed
+            caller.handle(f"s{number}")
+        for number in (1, 2):
+            caller.ask(closing(caller.handle(f"s{number}")))
+        third.sort()
+    assert on_disk(tmp_path, b"endings") == 3
+    with Daemon(tmp_path, model, {"ended_streams": 2}) as fourth:
+        caller = fourth.connect()
+        for number in (1, 2):
+            assert caller.open(f"s{number}", mode="resume").code == "closed"
+        assert caller.open("expired", mode="resume").code == "unknown_stream"
+        caller.ask(closing(caller.handle("s3")))
+    assert on_disk(tmp_path, b"endings") == 2
+    with Daemon(tmp_path, model) as fifth:
+        codes = [fifth.connect(f"{number}").open(f"s{number}", mode="resume").code for number in (1, 2, 3)]
+        assert codes == ["unknown_stream", "closed", "closed"]
 
 
 def on_disk(folder: Path, table: bytes) -> int:
@@ -974,6 +984,7 @@ def test_who_loses_its_key_while_nothing_can_be_saved_is_not_told_what_waited(da
         assert left.take() == right.take() == []
         daemon.tenants.change({}, {"right": "right"})
         daemon.durable.withhold(daemon.engine.rights_changed())
+        assert [reply.code for reply in left.take()] == ["forbidden"]
     daemon.now += RETRY_SECONDS
     daemon.tick()
     daemon.sort()

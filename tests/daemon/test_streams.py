@@ -40,7 +40,7 @@ def test_streams_are_counted_by_tenant() -> None:
 )
 def test_an_ending_is_told_in_words_with_its_code(code: Code, kind: type[Exception]) -> None:
     streams = Streams(1, max_ended=10)
-    ended = streams.end(add(streams, "pump-17"), code)
+    ended, _ = streams.end(add(streams, "pump-17"), code)
 
     error = ended.error()
     assert isinstance(error, kind)
@@ -58,9 +58,31 @@ def test_the_memory_of_a_name_is_its_last_life() -> None:
     assert ending.code is Code.FAILED
 
 
+def test_one_tenants_endings_do_not_displace_anothers() -> None:
+    streams = Streams(1, max_ended=12)
+
+    def end(tenant: str, count: int) -> None:
+        for number in range(count):
+            streams.end(add(streams, f"{tenant}{number}", tenant=tenant), Code.CLOSED)
+
+    def known(tenant: str, count: int) -> list[int]:
+        return [number for number in range(count) if streams.ending(tenant, f"{tenant}{number}") is not None]
+
+    end("a", 100)
+    assert known("a", 100) == list(range(88, 100))
+    end("b", 4)
+    assert (known("a", 100), known("b", 4)) == (list(range(92, 100)), [0, 1, 2, 3])
+    end("a", 50)
+    assert known("b", 4) == [0, 1, 2, 3]
+    end("c", 50)
+    assert (len(known("a", 100)), known("b", 4), known("c", 50)) == (4, [0, 1, 2, 3], [46, 47, 48, 49])
+
+
 def test_without_any_memory_of_endings_all_is_simply_unknown() -> None:
     streams = Streams(1, max_ended=0)
-    assert streams.end(add(streams, "s"), Code.EXPIRED).code is Code.EXPIRED
+    stream = add(streams, "s")
+    ended, forgotten = streams.end(stream, Code.EXPIRED)
+    assert (ended.code, forgotten) == (Code.EXPIRED, [stream.handle])
     assert streams.ending("local", "s") is None
 
 
