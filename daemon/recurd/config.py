@@ -310,6 +310,9 @@ def _check(config: Config) -> None:
         raise ConfigError(f"durability.directory: mode '{config.durability.mode}' needs a folder to keep streams in")
     if config.metrics:
         split_address(config.metrics)
+    for model in config.models:
+        if model.name is not None and ("/" in model.name or not model.name.isprintable()):
+            raise ConfigError(f"models.name: {model.name!a} is to be printable, and without '/'")
     for key, values in (
         ("bind", list(config.bind)),
         ("publish.bind", list(config.publish.bind)),

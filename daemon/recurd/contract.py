@@ -294,10 +294,14 @@ def _check_values(contract: Contract) -> None:
 def check_names(contract: Contract) -> None:
     """Names are shown on terminals, in logs and on pages: all of them must be printable, the model's not empty.
 
+    Nor may the model's hold a slash, which parts the topics of published results.
+
     Raises :class:`ContractError`.
     """
     if not contract.name:
         raise ContractError("the model's name is empty")
+    if "/" in contract.name:
+        raise ContractError(f"the model's name '{contract.name}' holds a '/'")
     names = [contract.name, contract.version, *contract.input.features, *contract.input.units]
     names += [name for head in contract.heads for name in (head.name, *head.labels)]
     names += [state.name for state in contract.states]

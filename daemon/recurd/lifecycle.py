@@ -303,7 +303,8 @@ class Lifecycle:
             return stream.lane  # a model that new streams are not given any more
         if lane is None:
             names = ", ".join(sorted(self._models(rights)))
-            raise Refused(Code.UNKNOWN_MODEL, f"there is no model '{request.model}', only {names}")
+            text = f"there is no model '{request.model}'" + (f", only {names}" if names else "")
+            raise Refused(Code.UNKNOWN_MODEL, text)
         idle = request.idle_timeout_seconds
         if idle is not None and not 0 < idle <= lane.idle_seconds:
             text = f"idle_timeout_seconds is more than 0 and at most {lane.idle_seconds:g}"

@@ -5,6 +5,7 @@ The only client module with zmq. :meth:`Link.turn` moves whatever can move and n
 """
 
 import logging
+import os
 from collections import deque
 from collections.abc import Callable
 
@@ -114,6 +115,7 @@ class Link:
             socket.close()
             self._session.end(RecurdError(f"'{self.endpoint}' cannot be connected to: {error.strerror}"))
             return
+        self._session.trouble = self._session.trouble or no_permission(self.endpoint)
         self._socket, self._monitor, self._connected_to = socket, monitor, self.endpoint
         self._session.connected(now)
         self._watch([socket.fileno(), monitor.fileno()])
@@ -185,6 +187,22 @@ class Link:
             self._outbox.popleft()
             moved = True
         return moved
+
+
+def no_permission(endpoint: str) -> str:
+    """What keeps us from an ipc endpoint whose file says who may connect; empty when nothing does."""
+    path = endpoint.removeprefix("ipc://")
+    if path == endpoint or path.startswith("@"):
+        return ""
+    try:
+        os.stat(path)
+    except PermissionError:
+        allowed = False
+    except OSError:
+        return ""  # no daemon, so far
+    else:
+        allowed = os.access(path, os.W_OK, effective_ids=True)
+    return "" if allowed else f"this user may not write to {path} (is it in the daemon's group?)"
 
 
 def failed_handshake(event: int, value: int, endpoint: str, credentials: Credentials | None) -> Refused | None:

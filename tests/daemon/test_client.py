@@ -2,6 +2,7 @@
 
 import math
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -333,6 +334,20 @@ def test_no_daemon_is_told_in_a_sentence() -> None:
         recurd.Unanswered, match=r"at tcp://127\.0\.0\.1:9 within 0\.2 s; start one with 'recurd serve'"
     ):
         recurd.connect("tcp://127.0.0.1:9", timeout_seconds=0.2)
+
+
+def test_who_may_not_write_to_a_socket_is_told_so(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "s"))
+        (tmp_path / "s").chmod(0)
+        was = os.geteuid()
+        if was == 0:  # who may write to anything
+            os.seteuid(65_534)
+        try:
+            with pytest.raises(recurd.Unanswered, match=rf"within 0\.2 s; this user may not write to {tmp_path}/s"):
+                recurd.connect(f"ipc://{tmp_path}/s", timeout_seconds=0.2)
+        finally:
+            os.seteuid(was)
 
 
 @pytest.mark.parametrize(

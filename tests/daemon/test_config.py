@@ -115,6 +115,8 @@ def test_a_relative_model_path_starts_at_the_files_folder_and_an_absolute_one_st
         ("[limits]\nstrams = 1", "strams: there is no such key in [limits]; there is 'streams' in [limits], [tenants"),
         ("[[models]]\npath = 'a'\nsots = 1", "sots: there is no such key in [models[0]]"),
         ("[[models]]\nname = 'a'", "models[0]: path is missing"),
+        ("[[models]]\npath = 'a'\nname = 'a/b'", "models.name: 'a/b' is to be printable, and without '/'"),
+        ('[[models]]\npath = "a"\nname = "a\\u0000"', "models.name: 'a\\x00' is to be printable, and without '/'"),
         ("[limits]\nstreams = 0", "limits.streams: expected `int` >= 1"),
         ("[limits]\nstreams = 'many'", "limits.streams: expected `int`, got `str`"),
         ("[timeouts]\nshutdown_seconds = 0.0", "timeouts.shutdown_seconds: expected `float` > 0.0"),

@@ -78,8 +78,10 @@ def test_a_tenant_opens_the_models_and_names_it_may_and_no_others(open_desk: Ope
 
 
 def test_a_tenant_is_told_its_rights_and_only_of_its_models(open_desk: OpenDesk) -> None:
-    desk = open_desk(a=Tenant(models=("p*",), rights=("stream",)))
+    desk = open_desk(a=Tenant(models=("p*",), rights=("stream",)), none=Tenant(models=("x*",)))
 
+    nothing = desk.connect("n", tenant="none").open("s", "x")
+    assert (nothing.code, nothing.body["text"]) == ("unknown_model", "there is no model 'x'")
     welcome = desk.connect(tenant="a", greet=False).ask(hello()).body
 
     assert list(welcome["models"]) == ["pump"]

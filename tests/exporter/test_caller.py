@@ -231,6 +231,13 @@ def test_progress_names_every_stage_in_order(tmp_path: Path) -> None:
     assert told == [stage for stage in pipeline.STAGES if stage != pipeline.LOAD]
 
 
+def test_a_models_name_has_no_slash(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="the model's name 'hall/pump' holds a '/'"):
+        recurd_export.export(
+            nn.GRU(3, 4, batch_first=True), torch.zeros(1, 2, 3), tmp_path / "m.onnx", name="hall/pump"
+        )
+
+
 @pytest.mark.parametrize("facts", [{"name": "pump\n"}, {"version": "\x1b[31m1"}, {"features": ["a", "b\x07", "c"]}])
 def test_names_that_no_terminal_should_be_sent_are_refused(tmp_path: Path, facts: Any) -> None:
     with pytest.raises(ExportError, match="holds characters that cannot be printed"):
