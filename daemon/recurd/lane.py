@@ -44,14 +44,9 @@ class Room:
         """No chunk, however small, would be let in."""
         return self.chunks >= self.max_chunks
 
-    def refusal(self) -> Refused:
-        """What a chunk is told that does not fit."""
-        return Refused(
-            Code.BUSY,
-            f"{self.chunks} chunks ({self.bytes} bytes) are waiting to be run, "
-            f"{self.retained} bytes of results to be acknowledged",
-            retry_after_seconds=self.retry_after_seconds,
-        )
+    def refusal(self, what: str) -> Refused:
+        """What a chunk is told that does not fit; without numbers, which tell of others."""
+        return Refused(Code.BUSY, f"too many {what}", retry_after_seconds=self.retry_after_seconds)
 
 
 class Lane:
@@ -170,12 +165,12 @@ class Lane:
         room, size, is_first, share = self._room, chunk.data.nbytes, not stream.queue, stream.share
         if share is not None:
             share.check_limits(chunk.arrived)
-        if (
-            (room.chunks >= room.max_chunks and not is_first)
-            or room.bytes + size > room.max_bytes
-            or room.retained + room.due >= room.max_retained * (1 if stream.answers else 2)
-        ):
-            raise room.refusal()
+        if room.chunks >= room.max_chunks and not is_first:
+            raise room.refusal("chunks wait to be run")
+        if room.bytes + size > room.max_bytes:
+            raise room.refusal("bytes wait to be run")
+        if room.retained + room.due >= room.max_retained * (1 if stream.answers else 2):
+            raise room.refusal("results wait to be acknowledged")
         wait_seconds = self.scheduler.wait_seconds(stream)
         if chunk.steps and wait_seconds > self._max_wait_seconds * (_FIRST_PATIENCE if is_first else 1):
             text = f"a chunk of this stream would wait {wait_seconds:.3g} s to be run"

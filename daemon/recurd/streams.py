@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 #: Slot of a stream that has none: its state is elsewhere (recurd.arena), or there is none.
 NO_SLOT = -1
+#: Where they stand in a header.
+_TYPE, _FLAGS = 3, 4
 _NO_DATA = np.zeros(0)
 #: Ended streams that may stand in the order of expiry besides as many as live, before they are swept out of it.
 _EXPIRY_SLACK = 64
@@ -223,10 +225,12 @@ class Stream:
             return None
         for seq, generation, (first, payload) in self.answers:
             if seq == header.seq:
+                if first[_TYPE] != wire.ANSWERS[wire.Type(header.type)]:
+                    break  # the number of another record, a state's perhaps: not what was asked for
                 if generation != header.generation and header.type == wire.Type.CHUNK:
                     raise self._stale(header)
-                flags = first[4] | wire.Flag.DUPLICATE
-                return first[:4] + bytes((flags,)) + first[5:], payload
+                flags = first[_FLAGS] | wire.Flag.DUPLICATE
+                return first[:_FLAGS] + bytes((flags,)) + first[_FLAGS + 1 :], payload
         return wire.pack(
             wire.ANSWERS[wire.Type(header.type)],
             flags=wire.Flag.DUPLICATE | wire.Flag.GONE,

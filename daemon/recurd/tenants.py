@@ -181,15 +181,21 @@ class Rate:
     something larger than the bucket is let in too, and waited for.
     """
 
-    __slots__ = ("_open_at", "_per_second")
+    __slots__ = ("_open_at", "_per_second", "_stretch")
 
     def __init__(self, per_second: float, former: "Rate | None" = None) -> None:
         """``former``: it goes on from there; what was used up is not given anew because rights are read again."""
         self._per_second = per_second
         self._open_at: float = 0.0 if former is None else former._open_at
+        #: What is still to be waited for was taken at another rate, and so takes so many times as long now.
+        self._stretch: float = 1.0 if former is None else former._stretch * former._per_second / per_second
 
     def wait(self, now: float) -> float:
         """Seconds until something is let in; 0 or less: now."""
+        if self._stretch != 1.0:
+            if self._open_at > now:
+                self._open_at = now + (self._open_at - now) * self._stretch
+            self._stretch = 1.0
         return self._open_at - now
 
     def take(self, amount: float, now: float) -> None:
@@ -253,12 +259,12 @@ class Share:
         room = self._room
         # What its queued chunks will give counts like what they have given: nobody may have acknowledged it then.
         held = self.held + self.due
-        if (
-            (self.chunks >= room.max_chunks - room.chunks and not is_first)
-            or self.bytes + size > room.max_bytes - room.bytes
-            or (held and held >= room.max_retained - room.retained - room.due)
-        ):
-            raise room.refusal()
+        if self.chunks >= room.max_chunks - room.chunks and not is_first:
+            raise room.refusal("chunks wait to be run")
+        if self.bytes + size > room.max_bytes - room.bytes:
+            raise room.refusal("bytes wait to be run")
+        if held and held >= room.max_retained - room.retained - room.due:
+            raise room.refusal("results wait to be acknowledged")
         if self._chunks_rate is not None:
             self._chunks_rate.take(1, now)
         if self._bytes_rate is not None:

@@ -266,6 +266,16 @@ def test_what_is_sent_again_is_answered_again_and_not_done_again(model: Model, d
     assert (got_gone.header.generation, got_gone.payload, got_gone.flags) == (2, b"", Flag.DUPLICATE | Flag.GONE)
 
 
+def test_a_state_is_told_to_nobody_who_asks_for_the_answer_to_a_chunk(desk: Desk) -> None:
+    caller = desk.connect()
+    handle = caller.handle("s")
+    caller.run(chunk(handle, 1, draw(1, 3)), state(handle, 2, GET))
+
+    answer = caller.ask(wire.frame(chunk(handle, 2, draw(1, 3))))
+
+    assert (answer.type, answer.payload, answer.flags) == (Type.RESULT, b"", Flag.DUPLICATE | Flag.GONE)
+
+
 # --- what is not taken ---
 
 

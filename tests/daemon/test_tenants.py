@@ -282,6 +282,22 @@ def test_a_rate_that_is_used_up_is_not_given_anew_when_rights_are_read_again(ope
     assert caller.run(chunk(handle, seq, draw()))[0].type == Type.RESULT
 
 
+def test_a_tenant_that_is_given_a_higher_rate_does_not_wait_as_at_the_old_one(open_desk: OpenDesk) -> None:
+    size = draw(10).nbytes
+    desk = open_desk(a=Tenant(limits=TenantLimits(bytes_per_second=size / 1000)))
+    caller = desk.connect(tenant="a")
+    handle = caller.handle("s")
+    caller.run(chunk(handle, 1, draw(10)))
+    assert caller.ask(chunk(handle, 2, draw(10))).body["retry_after_seconds"] == pytest.approx(999)
+
+    desk.tenants.change({"a": Tenant(limits=TenantLimits(bytes_per_second=size))}, None)
+    desk.tenants.change({"a": Tenant(limits=TenantLimits(bytes_per_second=size * 10))}, None)
+
+    assert caller.ask(chunk(handle, 2, draw(10))).body["retry_after_seconds"] == pytest.approx(0.0999)
+    desk.now += 0.1
+    assert caller.run(chunk(handle, 2, draw(10)))[0].type == Type.RESULT
+
+
 def test_one_tenant_alone_has_all_of_it(models: dict[str, Model]) -> None:
     desk = Desk(models, Config(limits=Limits(queued_chunks=64, stream_credit=1000)))
     caller = desk.connect()
