@@ -107,7 +107,7 @@ class Client(Connection):
         reply = self._loop.create_future()
         writer = self._session.open(self._request(name, model, mode, idle_timeout_seconds), (reply, None))
         self._turn_soon()
-        late = partial(self._no_answer, f"opening stream '{name}'", self._seconds(timeout_seconds))
+        late = partial(self._no_answer, f"opening stream '{name}'", self._seconds(timeout_seconds), writer=writer)
         try:
             await _answer(reply, self._deadline(timeout_seconds), late)
         except BaseException:  # a refusal, a time-out or a cancelled task: nobody will use it

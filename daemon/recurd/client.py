@@ -61,7 +61,7 @@ class _Reply(Future[Any]):
 class _Opening(_Reply):
     """The future of an OPEN; ``writer`` is there before it is resolved."""
 
-    writer: Writer
+    writer: Writer | None = None
 
 
 def connect(
@@ -152,13 +152,22 @@ class Client(Connection):
             opening.writer = self._session.open(request, opening)
 
         self._hand_over(start)
-        late = partial(self._no_answer, f"opening stream '{name}'", self._seconds(timeout_seconds))
+
+        def late() -> Unanswered:
+            seconds = self._seconds(timeout_seconds)
+            return self._no_answer(f"opening stream '{name}'", seconds, writer=opening.writer)
+
+        def give_up() -> None:
+            assert opening.writer is not None  # it was started before
+            self._session.give_up(opening.writer, late())
+
         try:
             _wait(opening, self._deadline(timeout_seconds), late)
         except BaseException:  # the time-out, or Ctrl-C: nobody will use it
-            self._hand_over(lambda: self._session.give_up(opening.writer, late()))
+            self._hand_over(give_up)
             raise
         opening.result()
+        assert opening.writer is not None  # it was opened
         return Stream(self, opening.writer)
 
     def clone(self, source: "Stream", name: str, *, timeout_seconds: float | None = None) -> "Stream":

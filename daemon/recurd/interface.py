@@ -66,6 +66,11 @@ class OpenStream:
         return self._connection.is_connected
 
     @property
+    def trouble(self) -> str:
+        """What holds it up and is being waited out (``busy``, ``limit``), in the daemon's words; empty when nothing."""
+        return self._writer.trouble
+
+    @property
     def max_chunk_steps(self) -> int:
         """Steps a chunk may have: the daemon's limit, and what fits in a message of its limit."""
         room = self._max_message_bytes - wire.HEADER_BYTES
@@ -117,11 +122,11 @@ class OpenStream:
     def _late(self, seconds: float | None, what: str = "the chunk") -> "partial[Unanswered]":
         """What makes the error of a call on this stream that has waited long enough."""
         place = f"{what} keeps its place and must not be sent again"
-        return partial(self._connection._no_answer, f"stream '{self.name}'", seconds, place)
+        return partial(self._connection._no_answer, f"stream '{self.name}'", seconds, place, writer=self._writer)
 
     def _no_room(self, seconds: float | None) -> Unanswered:
         text = f"stream '{self.name}' has too many unanswered chunks; no room within {seconds or 0:g} s"
-        return Unanswered(text + self._connection._connection_note())
+        return Unanswered(text + self._connection._note(self._writer))
 
 
 class Connection:
@@ -182,14 +187,15 @@ class Connection:
         text = f"no daemon answered at {self.endpoint} within {self._timeout_seconds:g} s"
         return Unanswered(text + "; " + (self._session.trouble or "start one with 'recurd serve'"))
 
-    def _no_answer(self, what: str, seconds: float | None, *notes: str) -> Unanswered:
-        """The error of a call that has waited long enough, made at that moment."""
+    def _no_answer(self, what: str, seconds: float | None, *notes: str, writer: Writer | None = None) -> Unanswered:
+        """The error of a call that has waited long enough, made at that moment; ``writer``: of its stream."""
         text = "; ".join([f"{what} was not answered within {seconds or 0:g} s", *notes])
-        return Unanswered(text + self._connection_note())
+        return Unanswered(text + self._note(writer))
 
-    def _connection_note(self) -> str:
+    def _note(self, writer: Writer | None) -> str:
+        """What has held it up, as far as one knows."""
         if self.is_connected:
-            return ""
+            return f"; the daemon said last: {writer.trouble}" if writer is not None and writer.trouble else ""
         trouble = self._session.trouble and f" ({self._session.trouble})"
         return f"; there is no connection to {self.endpoint} at present{trouble}"
 

@@ -81,6 +81,8 @@ class Writer:
         #: Until when a daemon that does not know it is asked again: it is on its way there.
         self.awaited_until = 0.0
         # of the wait for an answer
+        #: The daemon's last refusal that is waited out; empty when there was none, or it is over.
+        self.trouble = ""
         self.retry_at = 0.0
         #: When the first of its records that wait will be late, as far as was looked for.
         self.late_at = math.inf
@@ -167,6 +169,7 @@ class Writer:
         self._redirects = 0
         self.signature, self.handle, self.max_chunk_steps = signature, header.handle, body.max_chunk_steps
         self._credit = self._window = body.credit
+        self.trouble = ""
         self.progress_at = now
         if first:
             self.backlog.start(body.last_seq, body.generation)
@@ -224,6 +227,7 @@ class Writer:
 
     def _wait(self, error: Refused, now: float) -> None:
         """Try again later, and with less at once: what cannot be taken should not come again and again in full."""
+        self.trouble = str(error)
         self._window = max(1, self._window // 2)
         self.retry_at = now + (error.retry_after_seconds or RETRY_SECONDS)
 
@@ -310,6 +314,8 @@ class Writer:
         self.backlog.answered(header.seq)
         self._progressed(now)
         self._reopened = False
+        if now >= self.retry_at:
+            self.trouble = ""
         if self._window < self._credit:
             self._window += 1
         is_chunk, is_fresh = header.type == wire.Type.RESULT, bool(header.flags & _FRESH)

@@ -70,8 +70,8 @@ def save_sum_model(path: Path, name: str = "sum") -> Path:
 class Daemon:
     """``recurd serve`` on a free loopback port (or the one given), ready when this returns."""
 
-    def __init__(self, *models: Path, port: int = 0) -> None:
-        command = [sys.executable, "-m", "recurd", "serve", *map(str, models)]
+    def __init__(self, *arguments: str | Path, port: int = 0) -> None:
+        command = [sys.executable, "-m", "recurd", "serve", *map(str, arguments)]
         command += ["--bind", f"tcp://127.0.0.1:{port or '*'}", "--device", "cpu", "--metrics", "", "--slots", "256"]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         assert self.process.stderr is not None

@@ -180,6 +180,36 @@ def test_a_slow_source_gets_its_predictions_at_once(daemon: Any) -> None:
     assert process.returncode == 0
 
 
+def test_a_stream_that_is_held_to_a_rate_is_waited_for_as_long_as_it_goes_on(
+    sum_model: Path, daemon: Any, tmp_path: Path
+) -> None:
+    config = tmp_path / "recurd.toml"
+    config.write_text("[tenants.local.limits]\nchunks_per_second = 10\n")
+    slow = type(daemon)(sum_model, "--config", config)
+    try:
+        line = command(slow, "held", "--chunk-steps", "1", "--timeout", "1")
+        all_went_on = run(line, "flow\n" + "1\n" * 40)  # three seconds
+    finally:
+        slow.stop()
+    assert (all_went_on.stderr, all_went_on.returncode) == ("", 0)
+    assert all_went_on.stdout.endswith("\n40.0\n")
+
+    config.write_text("[tenants.local.limits]\nchunks_per_second = 0.1\n")
+    stuck = type(daemon)(sum_model, "--config", config)
+    try:
+        line = command(stuck, "held", "--chunk-steps", "1", "--timeout", "1")
+        given_up = run(line, "flow\n" + "1\n" * 40)
+        with (
+            recurd.connect(stuck.endpoint, timeout_seconds=0.5) as client,
+            pytest.raises(recurd.Unanswered, match="the daemon said last: limit: tenant 'local' has had its chunks"),
+        ):
+            client.open("another").push([1])
+    finally:
+        stuck.stop()
+    assert given_up.returncode == 69
+    assert "were not answered within 1 s; the daemon said last: limit: tenant 'local' has had" in given_up.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "text", "code", "sentence"),
     [

@@ -75,6 +75,8 @@ class Pump:
         self._pending: deque[_Pending] = deque()
         #: Line of the last row whose prediction was printed; 0 before the first.
         self._answered = 0
+        #: When anything was answered last.
+        self._answered_at = 0.0
         #: And of the last row that was sent.
         self._sent = 0
         #: Why reading ended early.
@@ -149,10 +151,13 @@ class Pump:
     def _milliseconds(self) -> float | None:
         if not self._pending:
             return None
-        left = self._pending[0].sent_at + self._timeout_seconds - time.monotonic()
+        # One that is held to so many chunks a second waits long for the last of many, and all goes well.
+        left = max(self._pending[0].sent_at, self._answered_at) + self._timeout_seconds - time.monotonic()
         if left <= 0:
             pending = self._pending[0]
-            note = "" if self._stream.is_connected else "; there is no connection to the daemon at present"
+            note = f"; the daemon said last: {self._stream.trouble}" if self._stream.trouble else ""
+            if not self._stream.is_connected:
+                note = "; there is no connection to the daemon at present"
             raise Unanswered(f"{_lines(pending)} were not answered within {self._timeout_seconds:g} s{note}")
         return 1000 * left
 
@@ -216,6 +221,7 @@ class Pump:
         """Print what has been answered, in order."""
         while self._pending and self._pending[0].future.done():
             pending = self._pending.popleft()
+            self._answered_at = time.monotonic()
             try:
                 result = pending.future.result()
             except Refused as error:
