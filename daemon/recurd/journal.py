@@ -12,9 +12,10 @@ handle, what every record changes: numbers, answers, state), ``answers`` (by han
 be written with every state) and ``endings`` (by handle, how streams ended, so that who comes late is told by the next
 daemon too).
 
-LMDB trusts what it reads. So every value starts with the CRC-32 of its key and itself, and the number of commits stands
-in ``recurd.lock`` too: damage to the page that names the last transaction would make LMDB go on from the one before it
-without a word. ``python -m recurd.journal FOLDER`` reads a whole store, commits once, and says what is wrong with it.
+LMDB trusts what it reads. So every value starts with its XXH3 (seeded by its key's CRC-32), and the number of commits
+stands in ``recurd.lock`` too: damage to the page that names the last transaction would make LMDB go on from the one
+before it without a word. ``python -m recurd.journal FOLDER`` reads a whole store, commits once, and says what is wrong
+with it.
 """
 
 import contextlib
@@ -30,6 +31,7 @@ from typing import Any, Literal
 
 import lmdb
 import msgspec
+import xxhash
 
 from recurd.endings import Ended
 from recurd.errors import JournalError
@@ -38,8 +40,7 @@ from recurd.saving import (
     SavedStream,
     Saving,
     Stamp,
-    apart,
-    beside,
+    divided,
     forgotten,
     generation_of,
     held_by,
@@ -55,15 +56,15 @@ _COMMITS_KEY = b"commits"
 _STAMP_PREFIX = b"model:"
 #: The store grows by doubling from here; it is sparse, and address space costs nothing.
 _FIRST_MAP_BYTES = 1 << 28
-_CRC = struct.Struct("<I")
+_CHECKSUM_BYTES = 8
 _COMMITS = struct.Struct("<Q")
 #: The number of commits in the lock file.
 _NOTE_DIGITS = 20
 _HANDLE = struct.Struct(">Q")
 _ANSWER = struct.Struct(">QQ")
-#: Head (CRC aside) of an answer apart: its generation and the length of its header.
+#: Head (checksum aside) of an answer apart: its generation and the length of its header.
 _ANSWER_HEAD = struct.Struct("<IH")
-#: Head (CRC aside) of a state: seq, acked, seq up to which answers stand apart, generation, number of answers, and
+#: Head (checksum aside) of a state: seq, acked, seq up to which answers stand apart, generation, number of answers, and
 #: whether there is a state, or the stream starts from the initial one.
 _STATE_HEAD = struct.Struct("<QQQIH?")
 #: Of an answer in it: seq, generation, lengths of header and payload.
@@ -365,18 +366,17 @@ class _Changes:
             self.streams.append(_entry(key, msgspec.msgpack.encode(_Identity.of(stream))))
         if stream.forgotten < stream.apart:
             self.gone += [_ANSWER.pack(stream.handle, seq) for seq in forgotten(stream)]
-        answers, end = beside(stream), stream.apart
-        if large := apart(stream):
-            for seq, generation, (header, payload) in large:
-                value = b"".join((_ANSWER_HEAD.pack(generation, len(header)), header, payload))
-                self.answers.append(_entry(_ANSWER.pack(stream.handle, seq), value))
-            answers, end = [], stream.answered
+        beside, apart = divided(stream)
+        for seq, generation, (header, payload) in apart:
+            value = b"".join((_ANSWER_HEAD.pack(generation, len(header)), header, payload))
+            self.answers.append(_entry(_ANSWER.pack(stream.handle, seq), value))
+        end = stream.answered if apart else stream.apart
         # A few at most, as even an empty one has a header.
         head = _STATE_HEAD.pack(
-            stream.answered, stream.acked, end, generation_of(stream), len(answers), state is not None
+            stream.answered, stream.acked, end, generation_of(stream), len(beside), state is not None
         )
         parts: list[Buffer] = [head]
-        for seq, generation, (header, payload) in answers:
+        for seq, generation, (header, payload) in beside:
             parts += (_BESIDE_HEAD.pack(seq, generation, len(header), len(payload)), header, payload)
         parts.append(state or b"")
         self.states.append(_entry(key, b"".join(parts)))
@@ -430,7 +430,7 @@ def _stamp_key(name: str, version: str) -> bytes:
 
 
 def _pack(key: bytes, data: bytes) -> bytes:
-    return _CRC.pack(zlib.crc32(data, zlib.crc32(key))) + data
+    return xxhash.xxh3_64_digest(data, zlib.crc32(key)) + data
 
 
 def _entry(key: bytes, data: bytes) -> tuple[bytes, bytes]:
@@ -438,10 +438,10 @@ def _entry(key: bytes, data: bytes) -> tuple[bytes, bytes]:
 
 
 def _unpack(key: bytes, value: bytes | None, what: str) -> bytes:
-    """A value without its CRC. Raises :class:`JournalError` when it is not there or not what was written."""
-    if value is None or value[: _CRC.size] != _CRC.pack(zlib.crc32(value[_CRC.size :], zlib.crc32(key))):
+    """A value without its checksum. Raises :class:`JournalError` when it is not there or not what was written."""
+    if value is None or _pack(key, data := value[_CHECKSUM_BYTES:]) != value:
         raise JournalError(f"the journal is damaged: {what} is not what was written")
-    return value[_CRC.size :]
+    return data
 
 
 def _commits(transaction: Any, meta: Any) -> int:

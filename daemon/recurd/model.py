@@ -104,6 +104,10 @@ def _options(threads: int) -> ort.SessionOptions:
     return options
 
 
+#: The most that is kept to read rows into.
+_KEPT_BYTES = 1 << 24
+
+
 class Model:
     """A model ready to run ticks. Owns its session, its arenas and the contents of its rows, not who has which slot."""
 
@@ -122,7 +126,9 @@ class Model:
             # The same buffer on both sides: this is what makes the scatter in place.
             self._binding.bind_ortvalue_input(arena.name, buffer)
             self._binding.bind_ortvalue_output(f"{arena.name}.next", buffer)
-        self._readers = [self._make_session(graph.row_reader(arena), 1) for arena, _ in self._arenas]
+        self._readers = [
+            _Reader(self._make_session(graph.row_reader(arena), 1), arena, buffer) for arena, buffer in self._arenas
+        ]
         self._heads = [(head, np.dtype(head.dtype)) for head in contract.heads]
 
     @classmethod
@@ -182,22 +188,9 @@ class Model:
     def read(self, slots: Array) -> dict[str, Array]:
         """States of these slots by name, each ``[rows, *state.shape]``, copied to the host."""
         states: dict[str, Array] = {}
-        for (arena, _), rows in zip(self._arenas, self._read_arenas(slots), strict=True):
-            states |= arena.split(rows)
+        for (arena, _), reader in zip(self._arenas, self._readers, strict=True):
+            states |= arena.split(reader.rows(slots).copy())
         return {state.name: states[state.name] for state in self.contract.states}
-
-    def _read_arenas(self, slots: Array) -> list[Array]:
-        """Rows ``[n, width]`` of every arena, copied to the host."""
-        found = []
-        for (arena, buffer), session in zip(self._arenas, self._readers, strict=True):
-            binding = session.io_binding()
-            binding.bind_ortvalue_input(arena.name, buffer)
-            binding.bind_cpu_input(graph.SLOTS, np.ascontiguousarray(slots, np.int64))
-            rows = np.empty((len(slots), arena.width), arena.dtype)
-            binding.bind_output(graph.ROWS, "cpu", 0, rows.dtype, rows.shape, rows.ctypes.data)
-            session.run_with_iobinding(binding)
-            found.append(rows)
-        return found
 
     def write(self, slots: Array, states: dict[str, Array]) -> None:
         """Set the states of these slots; the reverse of :meth:`read`."""
@@ -215,7 +208,7 @@ class Model:
 
     def rows(self, slots: Array) -> list[bytes]:
         """Each slot's rows of all arenas as bytes, one after another: what a journal keeps of a state."""
-        parts = [row.view(np.uint8).reshape(len(slots), -1) for row in self._read_arenas(slots)]
+        parts = [reader.rows(slots).view(np.uint8).reshape(len(slots), -1) for reader in self._readers]
         return [row.tobytes() for row in (parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1))]
 
     def write_rows(self, slots: Array, rows: list[bytes]) -> None:
@@ -274,6 +267,28 @@ class Model:
                     raise DeviceError(
                         f"node '{node.name}' ({node.op_type}) runs on {assignment.ep_name}, not on the GPU"
                     )
+
+
+class _Reader:
+    """Copies rows of one arena to the host. Owns its binding, and the buffer that they stand in until the next ones."""
+
+    def __init__(self, session: ort.InferenceSession, arena: graph.Arena, buffer: Any) -> None:
+        self._session = session
+        self._binding = session.io_binding()
+        self._binding.bind_ortvalue_input(arena.name, buffer)
+        self._rows = np.empty((0, arena.width), arena.dtype)
+
+    def rows(self, slots: Array) -> Array:
+        """The rows of these slots, ``[n, width]``; good until the next call."""
+        rows = self._rows[: len(slots)]
+        if len(rows) < len(slots):
+            rows = np.empty((len(slots), self._rows.shape[1]), self._rows.dtype)
+            if rows.nbytes <= _KEPT_BYTES:  # the memory of a new one costs as much as what is copied into it
+                self._rows = rows
+        self._binding.bind_cpu_input(graph.SLOTS, np.ascontiguousarray(slots, np.int64))
+        self._binding.bind_output(graph.ROWS, "cpu", 0, rows.dtype, rows.shape, rows.ctypes.data)
+        self._session.run_with_iobinding(self._binding)
+        return rows
 
 
 _RECURRENT = ("LSTM", "GRU", "RNN")

@@ -65,7 +65,7 @@ class SavedStream(msgspec.Struct, frozen=True, array_like=True):
     held: str = ""
     #: Of the model that gave it its state (:attr:`Stamp.version`).
     version: str = ""
-    #: seq up to which answers are kept apart from it (:func:`apart`).
+    #: seq up to which answers are kept apart from it (:func:`divided`).
     apart: int = 0
 
     @classmethod
@@ -169,7 +169,7 @@ class Unsaved:
     def saved(self) -> None:
         """What was taken last stands in the journal; nothing was noted since."""
         for stream in self._streams.values():
-            if apart(stream):
+            if divided(stream)[1]:
                 stream.apart = stream.answered
             stream.saved, stream.forgotten = stream.answered, stream.acked
             stream.stored = identity(stream)
@@ -200,15 +200,18 @@ def generation_of(stream: Stream) -> int:
     return stream.generation
 
 
-def beside(stream: Stream) -> list[Answer]:
-    """Answers that stand with the stream in the journal, and are written with it again and again."""
-    return [one for one in stream.answers if one[0] > stream.apart]
-
-
-def apart(stream: Stream) -> list[Answer]:
-    """Answers that are to stand there apart from now on, written once: where they are too much to stand beside it."""
-    answers = beside(stream)
-    return answers if sum(len(header) + len(payload) for _, _, (header, payload) in answers) > BESIDE_BYTES else []
+def divided(stream: Stream) -> tuple[list[Answer], list[Answer]]:
+    """Answers that are to stand with the stream in the journal, written with it again and again, and those that are to
+    stand apart from now on, written once: where they are too much to stand beside it. Not to be changed.
+    """
+    if stream.apart <= stream.acked:
+        answers = stream.answers  # as of nearly all streams: none of those that are left stands apart
+    else:
+        answers = [one for one in stream.answers if one[0] > stream.apart]
+    size = 0
+    for _, _, (header, payload) in answers:  # a sum() costs as much as all the rest
+        size += len(header) + len(payload)
+    return (answers, []) if size <= BESIDE_BYTES else ([], answers)
 
 
 def forgotten(stream: Stream) -> range:
