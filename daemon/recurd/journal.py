@@ -19,6 +19,7 @@ with it.
 """
 
 import contextlib
+import errno
 import fcntl
 import os
 import struct
@@ -57,6 +58,8 @@ _STAMP_PREFIX = b"model:"
 #: The store grows by doubling from here; it is sparse, and address space costs nothing.
 _FIRST_MAP_BYTES = 1 << 28
 _CHECKSUM_BYTES = 8
+#: A disk with less room than this is full.
+_NEXT_TO_NOTHING_BYTES = 1 << 20
 _COMMITS = struct.Struct("<Q")
 #: The number of commits in the lock file.
 _NOTE_DIGITS = 20
@@ -149,7 +152,7 @@ class Journal:
             with self._env.begin(write=True) as transaction:
                 yield transaction
         except lmdb.Error as error:
-            raise JournalError(f"{self._folder}: cannot be written: {_words(error)}") from error
+            raise _unwritten(self._folder, error) from error
 
     @contextlib.contextmanager
     def _read(self) -> Iterator[Any]:
@@ -308,7 +311,7 @@ class Journal:
             except lmdb.MapFullError:
                 self._grow()
             except lmdb.Error as error:
-                raise JournalError(f"{self._folder}: cannot be written: {_words(error)}") from error
+                raise _unwritten(self._folder, error) from error
         self._commits += 1
         self._note_commits()
 
@@ -515,6 +518,18 @@ def _is_of_system(error: lmdb.Error) -> bool:
     return type(error) in (lmdb.Error, lmdb.DiskError)
 
 
+def _unwritten(folder: Path, error: lmdb.Error) -> JournalError:
+    """What could not be written, and why."""
+    words = _words(error)
+    if words == os.strerror(errno.EIO):
+        # So LMDB calls a write that found room for a part of it only.
+        with contextlib.suppress(OSError):
+            disk = os.statvfs(folder)
+            if disk.f_bavail * disk.f_frsize < _NEXT_TO_NOTHING_BYTES:
+                words = os.strerror(errno.ENOSPC)
+    return JournalError(f"{folder}: cannot be written: {words}")
+
+
 def _words(error: Exception) -> str:
     """What the system says, without the library's own function names."""
     return str(error).rpartition(": ")[2]
@@ -577,7 +592,7 @@ def _commit_once(env: lmdb.Environment, folder: Path) -> None:
             transaction.put(*_entry(_FORMAT_KEY, _FORMAT), db=env.open_db(b"meta", txn=transaction))
     except lmdb.Error as error:
         if _is_of_system(error):
-            raise JournalError(f"{folder}: cannot be written: {_words(error)}") from error
+            raise _unwritten(folder, error) from error
         raise
 
 

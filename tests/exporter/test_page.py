@@ -23,7 +23,7 @@ from recurd_export.errors import ExportError
 from recurd_export.markup import Html, tag, text
 from recurd_export.report import Report
 
-NASTY = "<script>alert('1')</script> & \"pump\""
+NASTY = "<script>alert('1')<b> & \"pump\""
 VOID = {"meta", "link", "br", "img", "hr", "input"}
 
 

@@ -227,7 +227,7 @@ def test_rights_that_are_taken_away_end_subscriptions_and_others_come_back(house
             eventually(comes_back)
             with pytest.raises(recurd.Unanswered):
                 next(theirs)
-            assert daemon.metric("recurd_subscriptions_refused_total") == 1
+            eventually(lambda: daemon.metric("recurd_subscriptions_refused_total") == 1)
 
             (house.clients / "a.key").unlink()
             reload(daemon)
