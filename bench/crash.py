@@ -7,6 +7,7 @@ state in the journal must be bit for bit what the model gives when each stream r
 --strict; without it, for models of float32 alone, a --tolerance can be given.
 
     python bench/crash.py pump.onnx --kills 20
+    python bench/crash.py pump.onnx --kills 20 --stop   # every other time it is stopped (SIGTERM) instead
     python bench/crash.py pump.onnx --seconds 3600 --mode power
     python bench/crash.py pump.onnx --device cuda --strict
 """
@@ -201,9 +202,11 @@ def run(
     seed: int,
     device: str = "cpu",
     strict: bool = False,
+    stop: bool = False,
     tolerance: float = 0.0,
 ) -> Outcome:
     """The whole of it."""
+    signals = (signal.SIGKILL, signal.SIGTERM) if stop else (signal.SIGKILL,)
     tick = Tick(rows=64, steps=MAX_STEPS, strict=True) if strict else Tick()
     reference = Model.load(model, slots=1, threads=1, device=resolve_device(device)[0])
     shape = Shape.of(reference, tick)
@@ -218,7 +221,7 @@ def run(
         client = Client(daemon.endpoint, scripts, reference.contract.name)
         done = threading.Event()
         until = begin + seconds if seconds else None
-        killer = Killer(daemon, client.answered, done, kills=kills, until=until, seed=seed)
+        killer = Killer(daemon, client.answered, done, kills=kills, signals=signals, until=until, seed=seed)
         killer.start()
         client.stream_until(done)
         killer.join()
@@ -245,7 +248,10 @@ def run(
 
 
 class Killer(threading.Thread):
-    """Kills the daemon at random moments, a random number of answers after it has come up, and starts it again."""
+    """Ends the daemon at random moments, a random number of answers after it has come up, and starts it again.
+
+    By ``signals`` in turns.
+    """
 
     def __init__(
         self,
@@ -254,6 +260,7 @@ class Killer(threading.Thread):
         done: threading.Event,
         *,
         kills: int,
+        signals: tuple[signal.Signals, ...],
         until: float | None,
         seed: int,
     ) -> None:
@@ -262,6 +269,7 @@ class Killer(threading.Thread):
         self._daemon = daemon
         self._done = done
         self._kills = kills
+        self._signals = signals
         self._until = until
         self._random = random.Random(seed)
         self.count = 0
@@ -273,7 +281,7 @@ class Killer(threading.Thread):
             while self.count < self._kills if self._until is None else time.monotonic() < self._until:
                 self._wait_for_work()
                 time.sleep(self._random.uniform(0, 0.02))
-                self._daemon.end(signal.SIGKILL)
+                self._daemon.end(self._signals[self.count % len(self._signals)])
                 self.count += 1
                 self._daemon.start()
         except Exception as error:  # told by the main thread
@@ -332,6 +340,7 @@ def _ended(daemon: Daemon) -> Iterator[Daemon]:
 @click.option("--mode", type=click.Choice(["process", "power"]), default="process", show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--device", default="cpu", show_default=True, help="Of the daemon, and of what it is held against.")
+@click.option("--stop", is_flag=True, help="End it by SIGTERM every other time, while its clients go on.")
 @click.option("--strict", is_flag=True, help="Every tick in one shape.")
 @click.option("--tolerance", type=float, default=0.0, help="Instead of equal bits.")
 @click.option("--json", "as_json", is_flag=True)

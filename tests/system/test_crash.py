@@ -40,14 +40,17 @@ def draw(seed: int, steps: int = 5) -> np.ndarray:
     return PUMP.draw(steps, np.random.default_rng(seed))
 
 
-def test_two_hundred_streams_and_twenty_kills_leave_every_bit_as_it_would_have_been(pump: Path) -> None:
-    command = [sys.executable, "bench/crash.py", str(pump), "--streams", "200", "--kills", "20", "--json"]
+@pytest.mark.parametrize(("kills", "how"), [(20, []), (8, ["--stop"])])
+def test_two_hundred_streams_and_twenty_kills_leave_every_bit_as_it_would_have_been(
+    pump: Path, kills: int, how: list[str]
+) -> None:
+    command = [sys.executable, "bench/crash.py", str(pump), "--streams", "200", "--kills", str(kills), "--json", *how]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
 
     assert done.returncode == 0, done.stdout + done.stderr
     outcome = json.loads(done.stdout)
-    assert outcome["kills"] == 20
-    assert outcome["records"] > 2000
+    assert outcome["kills"] == kills
+    assert outcome["records"] > 100 * kills
     wrong = {key: outcome[key] for key in ("wrong_results", "lost_results", "doubled_results", "wrong_states")}
     assert set(wrong.values()) == {0}, wrong
 
