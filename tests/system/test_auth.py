@@ -242,6 +242,9 @@ def test_a_key_that_comes_is_let_in_and_one_that_goes_is_cut_at_once(house: Hous
         (house.clients / "a.key").unlink()
         reload(daemon)
 
+        # Unanswered where the chunk and the word of it cross on the way.
+        with pytest.raises((recurd.Refused, recurd.Unanswered), match="this key is not known here"):
+            mine.push(draw())
         with pytest.raises(recurd.Refused, match="this key is not known here") as caught:
             mine.push(draw())
         assert caught.value.code is Code.FORBIDDEN
