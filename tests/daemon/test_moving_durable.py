@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import structlog
 
-from dialogue import Desk, admin, chunk, opening
+from dialogue import Desk, admin, chunk, closing, opening
 from moving import Operator
 from recurd.config import Config, override
 from recurd.durable import Durable
@@ -24,9 +24,9 @@ B = "tcp://127.0.0.1:7071"
 class Daemon(Desk):
     """A desk whose streams are durable: what callers take was committed before."""
 
-    def __init__(self, folder: Path, model: Model) -> None:
+    def __init__(self, folder: Path, model: Model, **limits: int) -> None:
         durability = {"mode": "process", "directory": str(folder / "journal")}
-        config = override(Config(), {"durability": durability})
+        config = override(Config(), {"durability": durability, "limits": limits})
         super().__init__({"pump": model}, config, epoch=folder.name.encode()[-8:].rjust(8))
         self.durable = Durable(config, self.engine, self.models, stats=self.stats, log=structlog.get_logger())
         self.durable.restore(self.now)
@@ -91,6 +91,26 @@ def test_what_has_arrived_is_still_closed_after_a_restart_and_then_handed_over(
     with Daemon(folders[0], models[0]) as here:  # which knows who has the stream
         moved = here.connect("c").open("s")
         assert (moved.code, moved.body["endpoint"], moved.body["group"]) == ("moved", B, "g")
+
+
+def test_where_a_stream_has_gone_is_known_after_a_restart_however_many_have_ended_since(
+    models: list[Model], folders: tuple[Path, Path]
+) -> None:
+    few = {"ended_streams": 2, "streams": 3}
+    with Daemon(folders[0], models[0], **few) as here, Daemon(folders[1], models[1]) as there:
+        caller = here.connect("c")
+        caller.run(chunk(caller.handle("s"), 1, draw(1)))
+        stamps = Operator(here).ask("gather", group="g", fence=True)["stamps"]
+        Operator(there).ask("import", Operator(here).export("g"), group="g", stamps=stamps)
+        Operator(here).ask("release", group="g", endpoint=B)
+        other = here.connect("other")
+        for number in range(20):
+            other.ask(closing(other.handle(f"closed {number}")))
+    with Daemon(folders[0], models[0], **few) as here:
+        caller = here.connect("c")
+        assert caller.open("s").code == "moved"
+        codes = [caller.open(f"closed {number}", mode="resume").code for number in (17, 18, 19)]
+        assert codes == ["unknown_stream", "closed", "closed"]
 
 
 def test_a_stream_that_comes_back_is_not_taken_for_the_one_that_left(
