@@ -65,7 +65,9 @@ class Drain:
         self._timeout_seconds = timeout_seconds
         self._progress = progress or _ignore
         self._page_bytes = min(source.welcome.max_message_bytes, target.welcome.max_message_bytes) - 65_536
-        self._moved = self._groups = self._settled = self._undecided = 0
+        self._moved = self._groups = self._settled = 0
+        # Groups at the target that the source knows nothing of.
+        self._unknown: list[str] = []
         self._longest = 0.0
         # Streams of the group that is on its way.
         self._leaving = 0
@@ -87,7 +89,7 @@ class Drain:
             streams=self._moved,
             groups=self._groups,
             settled=self._settled,
-            undecided=self._undecided,
+            undecided=self._count_undecided(),
             seconds=round(time.monotonic() - begin, 3),
             longest_pause_seconds=round(self._longest, 4),
         )
@@ -100,14 +102,19 @@ class Drain:
 
     def _settle_former(self) -> None:
         """Decide about what a drain before has left there undecided, as the source says."""
-        for id, held in self._target.ask("groups")[0]["held"].items():
+        for id in self._target.ask("groups")[0]["held"]:
             fate = self._source.ask("fate", group=id)[0]["fate"]
             if fate == "released":
                 self._settled += self._target.ask("admit", group=id)[0]["streams"]
             elif fate == "lifted":
                 self._target.ask("drop", group=id)
             else:
-                self._undecided += held["streams"]
+                self._unknown.append(id)
+
+    def _count_undecided(self) -> int:
+        """Streams that still wait there: those that have come again with this drain do not."""
+        held = self._target.ask("groups")[0]["held"] if self._unknown else {}
+        return sum(held[id]["streams"] for id in self._unknown if id in held)
 
     def _move(self, id: str) -> None:
         """Move the next group, or wait for others to."""

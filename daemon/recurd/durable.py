@@ -95,6 +95,10 @@ class Durable:
         """
         for handle, ended in self._journal.endings():
             self._engine.remember(handle, ended)
+        redirect = self._journal.redirect()
+        if redirect is not None:
+            self._engine.send_on(redirect)
+            self._log.warning("drained", endpoint=redirect.endpoint, reason="before the start; see drain --cancel")
         count = 0
         for handle, saved, answers in self._journal.load():
             version = self._versions[saved.model, saved.version]

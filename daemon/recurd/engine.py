@@ -23,7 +23,7 @@ from recurd import wire
 from recurd.admin import Admin
 from recurd.arena import Device, Store
 from recurd.config import Config
-from recurd.endings import Ended
+from recurd.endings import Ended, Redirect
 from recurd.errors import Broken, Code, Refused, StartError
 from recurd.fences import Fences
 from recurd.lane import Lane, Room
@@ -510,6 +510,10 @@ class Engine:
         self._unsaved.forget(self._streams.remember(handle, ended))
         if ended.redirect is not None and ended.redirect.group is not None:
             self._fences.remember(ended.redirect.group, "released")
+
+    def send_on(self, redirect: Redirect) -> None:
+        """Take no stream, as a daemon that was drained and started again: out of the journal."""
+        self._fences.redirect = redirect
 
     def to_save(self) -> Saving | None:
         """What changed since the last :meth:`saved`; nothing that was put out may be sent before it is saved."""

@@ -45,7 +45,8 @@ class Copies:
             if fingerprint(target) != loaded.fingerprint:
                 raise ContractError(f"{source}: it was written while it was copied")
         except (OSError, ContractError) as error:
-            self._log.warning("version_not_kept", model=loaded.name, path=str(target), reason=str(error))
+            reason = (isinstance(error, OSError) and error.strerror) or str(error)
+            self._log.warning("version_not_kept", model=loaded.name, path=str(target), reason=reason)
 
     def load(self, name: str, version: str) -> Loaded | None:
         """A former version of a model; ``None`` where it was not kept or cannot be loaded, which is logged."""
@@ -82,5 +83,9 @@ def _copy(source: Path, target: Path) -> None:
         target.unlink(missing_ok=True)
         return
     part = target.with_suffix(".part")
-    shutil.copyfile(source, part)
-    os.replace(part, target)
+    try:
+        shutil.copyfile(source, part)
+        os.replace(part, target)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise

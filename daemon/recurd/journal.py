@@ -6,11 +6,11 @@ been told stands on disk, and what it was not told has not happened.
 
 ``process``: commits are in the page cache and survive the death of the process. ``power``: each is synced to the disk.
 
-The store is a folder with an LMDB environment of five tables: ``meta`` (format, number of commits, and one
-:class:`~recurd.saving.Stamp` a version of a model), ``streams`` (by handle, what seldom changes), ``states`` (by
-handle, what every record changes: numbers, answers, state), ``answers`` (by handle and seq, those that are too much to
-be written with every state) and ``endings`` (by handle, how streams ended, so that who comes late is told by the next
-daemon too).
+The store is a folder with an LMDB environment of five tables: ``meta`` (format, number of commits, where a drained
+daemon sends its clients, and one :class:`~recurd.saving.Stamp` a version of a model), ``streams`` (by handle, what
+seldom changes), ``states`` (by handle, what every record changes: numbers, answers, state), ``answers`` (by handle and
+seq, those that are too much to be written with every state) and ``endings`` (by handle, how streams ended, so that who
+comes late is told by the next daemon too).
 
 LMDB trusts what it reads. So every value starts with its XXH3 (seeded by its key's CRC-32), and the number of commits
 stands in ``recurd.lock`` too: damage to the page that names the last transaction would make LMDB go on from the one
@@ -34,7 +34,7 @@ import lmdb
 import msgspec
 import xxhash
 
-from recurd.endings import Ended
+from recurd.endings import Ended, Redirect
 from recurd.errors import JournalError
 from recurd.saving import (
     SavedAnswer,
@@ -54,6 +54,7 @@ _FORMAT = b"5"
 _TABLES = (b"meta", b"streams", b"states", b"answers", b"endings")
 _FORMAT_KEY = b"format"
 _COMMITS_KEY = b"commits"
+_REDIRECT_KEY = b"redirect"
 _STAMP_PREFIX = b"model:"
 #: The store grows by doubling from here; it is sparse, and address space costs nothing.
 _FIRST_MAP_BYTES = 1 << 28
@@ -260,6 +261,14 @@ class Journal:
         for (_, _, ended), key in sorted(found, key=lambda one: one[0][:2]):
             yield _HANDLE.unpack(key)[0], ended
 
+    def redirect(self) -> Redirect | None:
+        """Where all are sent who ask for a stream that is not here. Raises :class:`JournalError`."""
+        with self._read() as transaction:
+            value = transaction.get(_REDIRECT_KEY, db=self._meta)
+            if value is None:
+                return None
+            return msgspec.msgpack.decode(_unpack(_REDIRECT_KEY, value, "where streams are sent to"), type=Redirect)
+
     def states(self, handles: list[int]) -> list[bytes]:
         """The states of streams as they were saved last, none of them at a fresh start.
 
@@ -304,6 +313,7 @@ class Journal:
         for stream, how in saving.ended:
             changes.end(stream, how, self._commits)
         changes.forgotten += map(_HANDLE.pack, saving.forgotten)
+        changes.redirects = saving.redirects
         while True:
             try:
                 self._put(changes)
@@ -340,6 +350,10 @@ class Journal:
                     transaction.cursor(db=table).putmulti(entries)
             for key in changes.forgotten:
                 transaction.delete(key, db=self._endings)
+            for redirect in changes.redirects[-1:]:
+                transaction.delete(_REDIRECT_KEY, db=self._meta)
+                if redirect is not None:
+                    transaction.put(*_entry(_REDIRECT_KEY, msgspec.msgpack.encode(redirect)), db=self._meta)
             number = _pack(_COMMITS_KEY, _COMMITS.pack(self._commits + 1))
             transaction.put(_COMMITS_KEY, number, db=self._meta)
 
@@ -361,6 +375,7 @@ class _Changes:
         self.gone: list[bytes] = []
         self.ended: list[bytes] = []
         self.forgotten: list[bytes] = []
+        self.redirects: list[Redirect | None] = []
 
     def add(self, stream: Stream, state: bytes | None) -> None:
         """A stream as it stands; ``state`` is ``None`` for one that is fresh."""

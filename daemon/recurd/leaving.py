@@ -13,7 +13,7 @@ from recurd.fences import Fences, Group, GroupId, OfGroup
 from recurd.lane import states_of
 from recurd.lifecycle import Lifecycle
 from recurd.peers import Outbox, Peers
-from recurd.saving import ModelStamp, Parcel, SavedStream, is_fresh
+from recurd.saving import ModelStamp, Parcel, SavedStream, Unsaved, is_fresh
 from recurd.streams import Stream, Streams
 
 if TYPE_CHECKING:
@@ -69,6 +69,7 @@ class Leaving:
         fences: Fences,
         peers: Peers,
         outbox: Outbox,
+        unsaved: Unsaved,
         lifecycle: Lifecycle,
         log: "FilteringBoundLogger",
     ) -> None:
@@ -76,6 +77,7 @@ class Leaving:
         self._fences = fences
         self._peers = peers
         self._outbox = outbox
+        self._unsaved = unsaved
         self._lifecycle = lifecycle
         self._log = log
 
@@ -215,11 +217,12 @@ class Leaving:
         """No stream is left here: send everybody on who asks for one."""
         wanted = request.read(_Redirect)
         left = len(self._streams)
-        if wanted.endpoint is None:
-            self._fences.redirect = None
-        elif not left:
-            self._fences.redirect = Redirect(wanted.endpoint, wanted.server_key)
-            self._log.info("drained", endpoint=wanted.endpoint)
+        redirect = None if wanted.endpoint is None else Redirect(wanted.endpoint, wanted.server_key)
+        if redirect != self._fences.redirect and (redirect is None or not left):
+            self._fences.redirect = redirect
+            self._unsaved.redirect(redirect)
+            if redirect is not None:
+                self._log.info("drained", endpoint=redirect.endpoint)
         return {"left": left}, b""
 
     def _demand(self, id: str, now: float) -> Group:

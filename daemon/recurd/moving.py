@@ -55,6 +55,7 @@ class Moving:
             fences=fences,
             peers=peers,
             outbox=outbox,
+            unsaved=unsaved,
             lifecycle=lifecycle,
             log=log,
         )

@@ -179,6 +179,8 @@ class Reload:
                 former = None
             mark = fingerprint(entry.path)
             if former is not None and mark == former.fingerprint:
+                if self._durable is not None:
+                    self._durable.keep(former)  # it may not have been possible before
                 return former.name
             if not mark:
                 # Whoever opens it waits for its other end, and every reload to come with him.

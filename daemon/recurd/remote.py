@@ -82,10 +82,11 @@ class Remote:
             except Refused as refusal:
                 if refusal.code is Code.HELLO_REQUIRED:
                     self.welcome = self._greet()
-                elif refusal.code is Code.BUSY and time.monotonic() < end:
-                    time.sleep(max(_LEAST_PAUSE_SECONDS, refusal.retry_after_seconds or 0))
-                else:
-                    raise
+                    continue
+                pause = max(_LEAST_PAUSE_SECONDS, refusal.retry_after_seconds or 0)
+                if refusal.code is not Code.BUSY or time.monotonic() + pause >= end:
+                    raise  # why it was busy says more than that there was no answer
+                time.sleep(pause)
 
     def _greet(self) -> wire.Welcome:
         body = wire.Hello(client=f"recurd/{__version__}")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import msgspec
 
 from recurd import wire
-from recurd.endings import Ended
+from recurd.endings import Ended, Redirect
 from recurd.streams import Answer, Stream
 
 #: Digits of a state hash that name a version of a model.
@@ -125,6 +125,8 @@ class Saving:
     ended: list[tuple[Stream, Ended | None]]
     #: Handles of streams of which it is not known any more how they ended.
     forgotten: list[int]
+    #: Where all are sent who ask for a stream that is not here, the last of them from now on; empty: as before.
+    redirects: list[Redirect | None]
 
 
 class Unsaved:
@@ -137,6 +139,7 @@ class Unsaved:
         self._known: dict[int, bytes] = {}
         self._ended: list[tuple[Stream, Ended | None]] = []
         self._forgotten: list[int] = []
+        self._redirects: list[Redirect | None] = []
 
     def note(self, stream: Stream, state: bytes | None = None) -> None:
         """A stream began, or a record of it was answered; ``state`` where it is known and not that of a fresh start."""
@@ -160,11 +163,16 @@ class Unsaved:
         if self.durable:
             self._forgotten += handles
 
+    def redirect(self, redirect: Redirect | None) -> None:
+        """Who asks for a stream that is not here is sent there from now on; ``None``: not any more."""
+        if self.durable:
+            self._redirects.append(redirect)
+
     def take(self) -> Saving | None:
         """All of them; ``None`` when there are none. They stay noted until :meth:`saved`."""
-        if not (self._streams or self._ended or self._forgotten):
+        if not (self._streams or self._ended or self._forgotten or self._redirects):
             return None
-        return Saving(list(self._streams.values()), self._known, self._ended, self._forgotten)
+        return Saving(list(self._streams.values()), self._known, self._ended, self._forgotten, self._redirects)
 
     def saved(self) -> None:
         """What was taken last stands in the journal; nothing was noted since."""
@@ -175,7 +183,7 @@ class Unsaved:
             stream.stored = identity(stream)
             if stream.state is not None:
                 stream.lane.slots.saved(stream)
-        self._streams, self._known, self._ended, self._forgotten = {}, {}, [], []
+        self._streams, self._known, self._ended, self._forgotten, self._redirects = {}, {}, [], [], []
 
 
 def identity(stream: Stream) -> object:

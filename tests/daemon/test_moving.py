@@ -698,6 +698,18 @@ def test_streams_that_a_drain_left_undecided_are_told_by_the_next_one(here: Desk
     assert names(there) == {"s0", "s1", "s2"}
 
 
+def test_streams_that_were_undecided_and_came_again_are_decided(here: Desk, there: Desk) -> None:
+    here.connect().handle("s")
+    move(here, there, upto="import")
+    Operator(here).ask("lift", group="g")
+    here.engine._fences._fates.clear()  # as by a restart
+
+    report = Drain(At(here, A), At(there, B)).run()  # type: ignore[arg-type]
+
+    assert (report.streams, report.undecided) == (1, 0)
+    assert there.connect("c").open("s", mode="resume", generation=1).type == Type.OPENED
+
+
 def test_streams_of_a_drain_that_is_not_remembered_are_told_and_left(here: Desk, there: Desk, model: Model) -> None:
     here.connect().handle("s")
     move(here, there, upto="import")

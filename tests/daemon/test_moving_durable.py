@@ -113,6 +113,25 @@ def test_where_a_stream_has_gone_is_known_after_a_restart_however_many_have_ende
         assert codes == ["unknown_stream", "closed", "closed"]
 
 
+def test_a_drained_daemon_is_drained_after_a_restart_until_that_is_taken_back(
+    models: list[Model], folders: tuple[Path, Path]
+) -> None:
+    with Daemon(folders[0], models[0]) as here:
+        caller = here.connect("c")
+        caller.ask(closing(caller.handle("s")))
+        Operator(here).ask("redirect", endpoint=B, server_key="k")
+        assert here.engine.full
+    with Daemon(folders[0], models[0]) as here:
+        told = here.connect("c").open("new")  # the other daemon may have had it since
+        assert (told.code, told.body["endpoint"], told.body["server_key"]) == ("moved", B, "k")
+        assert here.engine.full
+        Operator(here).ask("redirect")
+        assert here.connect("d").open("new").type == Type.OPENED
+    with Daemon(folders[0], models[0]) as here:
+        assert not here.engine.full
+        assert here.connect("c").open("other").type == Type.OPENED
+
+
 def test_a_stream_that_comes_back_is_not_taken_for_the_one_that_left(
     models: list[Model], folders: tuple[Path, Path]
 ) -> None:

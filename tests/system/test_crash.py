@@ -175,6 +175,10 @@ def test_a_full_disk_holds_everything_up_and_loses_nothing(
             eventually(lambda: daemon.metric("recurd_journal_failures_total") > 0)
             eventually(lambda: daemon.get("/readyz")[0] == 503)
             assert not long.done()
+            export = [sys.executable, "-m", "recurd", "state", "export", str(tmp_path / "f"), "--timeout", "2"]
+            export += ["--endpoint", f"ipc://{tmp_path}/socket"]
+            done = subprocess.run(export, capture_output=True, text=True, timeout=60, check=False)
+            assert (done.returncode, "No space left on device" in done.stderr) == (1, True), done.stderr
             ballast.unlink()
             long.result(60)
             results += [future.result(60) for future in futures]

@@ -384,6 +384,25 @@ def durable(folder: Path, *flags: str) -> Process:
     return serve(folder, "--journal", folder / "journal", *flags)
 
 
+def test_a_copy_that_could_not_be_made_is_made_by_the_next_reload(tmp_path: Path) -> None:
+    with durable(tmp_path) as daemon:
+        daemon.ready()
+        put(NEW, tmp_path / "pump.onnx")
+        models = tmp_path / "journal" / "models"
+        (former,) = models.iterdir()
+        models.rename(tmp_path / "away")
+        models.write_text("in the way")
+        assert reloaded(tmp_path)["outcome"] == "finish"
+        assert "event=version_not_kept" in daemon.log
+        models.unlink()
+        (tmp_path / "away").rename(models)
+
+        assert reloaded(tmp_path)["outcome"] == "unchanged"
+
+        assert sorted(path.suffix for path in models.iterdir()) == [".onnx", ".onnx"]
+        assert former.exists()
+
+
 def test_a_durable_daemon_that_is_killed_after_a_reload_goes_on_with_both_versions(tmp_path: Path) -> None:
     olds, news = Load(tmp_path, NAMES), Load(tmp_path, [f"new-{name}" for name in NAMES])
     with durable(tmp_path) as first, contextlib.ExitStack() as running:
