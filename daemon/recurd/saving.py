@@ -156,6 +156,9 @@ class Unsaved:
             self._streams.pop(stream.handle, None)
             self._known.pop(stream.handle, None)
             self._ended.append((stream, ended))
+            # It may have come back, and how it ended before have been forgotten in this very round.
+            if stream.handle in self._forgotten:
+                self._forgotten.remove(stream.handle)
             self.forget(forgotten)
 
     def forget(self, handles: Collection[int]) -> None:

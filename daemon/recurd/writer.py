@@ -120,7 +120,7 @@ class Writer:
     def close(self, token: Any) -> None:
         """Close the stream once everything before is answered. A stream whose state is lost is closed already."""
         if self.phase is Phase.ENDED:
-            self._answers.append(Answer(token, None, None))
+            self._answers.append(Answer(token, None, self.error if _stands(self.error) else None))
         else:
             self._close_tokens.append(token)
 
@@ -424,12 +424,12 @@ class Writer:
         in_doubt = self._in_doubt(error, refused)
         for record in self.backlog.clear():
             self._answers.append(Answer(record.token, None, _in_doubt(error) if record in in_doubt else error))
-        # A stream that is lost is closed; only one that nobody answered for may be there still.
-        self._finish(error, told=error if isinstance(error, Unanswered) else None)
+        # A stream that is lost is closed; one that nobody answered for may be there still, one that is not ours is.
+        self._finish(error, told=error if _stands(error) else None)
 
     def _in_doubt(self, error: RecurdError, refused: int | None) -> set[Record]:
         """Records that may have been run: that the stream is not ours any more says nothing of what was accepted."""
-        if not isinstance(error, Refused) or error.code not in _NOT_OURS:
+        if not _is_not_ours(error):
             return set()
         in_flight = self.backlog.in_flight.items()
         return {record for seq, record in in_flight if refused is None or seq < refused or record.sent > 1}
@@ -450,6 +450,16 @@ def _milliseconds(seconds: float) -> int:
 def _is_cut_off(error: Refused, record: Record) -> bool:
     """Whether the stream is not ours any more, and what is in flight may have been run before."""
     return error.code is Code.FORBIDDEN and record.sent > 1 and record.payload.type is wire.Type.CHUNK
+
+
+def _is_not_ours(error: RecurdError | None) -> bool:
+    """Whether it says that the stream goes on without us."""
+    return isinstance(error, Refused) and error.code in _NOT_OURS
+
+
+def _stands(error: RecurdError | None) -> bool:
+    """Whether a stream that has ended for us by this may be there still: then it was not closed."""
+    return isinstance(error, Unanswered) or _is_not_ours(error)
 
 
 def _in_doubt(error: RecurdError) -> Unanswered:

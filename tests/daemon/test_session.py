@@ -750,6 +750,15 @@ def test_a_stream_that_is_taken_away_ends_at_once_and_what_was_sent_may_have_bee
     assert pair.totals("other") == [[1]]
 
 
+@pytest.mark.parametrize("handle", ["stream", "key"])
+def test_a_stream_that_is_taken_away_is_not_called_closed(pair: Pair, writer: Writer, handle: str) -> None:
+    pair.push(writer, "a", 1)
+    pair.close(writer, "waiting")
+    forbid(pair, writer.handle if handle == "stream" else 0)
+    pair.close(writer, "later")
+    assert pair.code("waiting") is pair.code("later") is Code.FORBIDDEN
+
+
 @pytest.mark.parametrize("in_reply_to", [0, wire.Type.PING])
 def test_a_client_whose_key_is_not_known_any_more_is_told_at_once(pair: Pair, writer: Writer, in_reply_to: int) -> None:
     pair.push(writer, "a", 1)
