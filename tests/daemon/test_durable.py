@@ -18,7 +18,8 @@ from dialogue import Caller, Desk, chunk, closing, opening, reset, state
 from recurd import saving, wire
 from recurd.config import Config, override
 from recurd.durable import RETRY_SECONDS, Durable
-from recurd.errors import JournalError
+from recurd.endings import Ended
+from recurd.errors import Code, JournalError
 from recurd.journal import Journal
 from recurd.layout import Layout
 from recurd.model import Model
@@ -219,6 +220,24 @@ def test_the_next_daemon_knows_how_streams_ended_and_forgets_the_oldest(model: M
     with Daemon(tmp_path, model) as fifth:
         codes = [fifth.connect(f"{number}").open(f"s{number}", mode="resume").code for number in (1, 2, 3)]
         assert codes == ["unknown_stream", "closed", "closed"]
+
+
+def test_an_ending_that_is_forgotten_and_told_anew_in_one_round_is_kept() -> None:
+    unsaved = saving.Unsaved(durable=True)
+    back, other = (
+        Stream(tenant="t", name=name, handle=handle, lane=cast(Any, None), generation=1, idle_timeout=1.0)
+        for handle, name in enumerate(("back", "other"), start=1)
+    )
+    ended = Ended("t", "s", Code.CLOSED, 1, 0)
+    unsaved.end(other, ended, [back.handle])
+    unsaved.end(back, ended, [])
+    saved = unsaved.take()
+    assert saved is not None
+    assert saved.forgotten == []
+    unsaved.end(other, ended, [back.handle])
+    saved = unsaved.take()
+    assert saved is not None
+    assert saved.forgotten == [back.handle]
 
 
 def on_disk(folder: Path, table: bytes) -> int:
