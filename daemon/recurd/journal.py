@@ -267,7 +267,8 @@ class Journal:
             value = transaction.get(_REDIRECT_KEY, db=self._meta)
             if value is None:
                 return None
-            return msgspec.msgpack.decode(_unpack(_REDIRECT_KEY, value, "where streams are sent to"), type=Redirect)
+            redirect = _unpack(_REDIRECT_KEY, value, "where streams are sent to")
+            return msgspec.msgpack.decode(redirect, type=Redirect | None)
 
     def states(self, handles: list[int]) -> list[bytes]:
         """The states of streams as they were saved last, none of them at a fresh start.
@@ -312,7 +313,7 @@ class Journal:
             changes.add(stream, states.get(stream.handle))
         for stream, how in saving.ended:
             changes.end(stream, how, self._commits)
-        changes.forgotten += map(_HANDLE.pack, saving.forgotten)
+        changes.endings_gone += map(_HANDLE.pack, saving.endings_gone)
         changes.redirects = saving.redirects
         while True:
             try:
@@ -348,12 +349,10 @@ class Journal:
             ):
                 if entries:
                     transaction.cursor(db=table).putmulti(entries)
-            for key in changes.forgotten:
+            for key in changes.endings_gone:
                 transaction.delete(key, db=self._endings)
-            for redirect in changes.redirects[-1:]:
-                transaction.delete(_REDIRECT_KEY, db=self._meta)
-                if redirect is not None:
-                    transaction.put(*_entry(_REDIRECT_KEY, msgspec.msgpack.encode(redirect)), db=self._meta)
+            if changes.redirects:
+                transaction.put(*_entry(_REDIRECT_KEY, msgspec.msgpack.encode(changes.redirects[-1])), db=self._meta)
             number = _pack(_COMMITS_KEY, _COMMITS.pack(self._commits + 1))
             transaction.put(_COMMITS_KEY, number, db=self._meta)
 
@@ -374,7 +373,7 @@ class _Changes:
         self.endings: list[tuple[bytes, bytes]] = []
         self.gone: list[bytes] = []
         self.ended: list[bytes] = []
-        self.forgotten: list[bytes] = []
+        self.endings_gone: list[bytes] = []
         self.redirects: list[Redirect | None] = []
 
     def add(self, stream: Stream, state: bytes | None) -> None:

@@ -508,8 +508,8 @@ class Lifecycle:
         brings a state or starts fresh.
         """
         lane = stream.lane
-        ended, forgotten = self._streams.end(stream, code, redirect)
-        self._unsaved.end(stream, ended, forgotten)
+        ended, endings_gone = self._streams.end(stream, code, redirect)
+        self._unsaved.end(stream, ended, endings_gone)
         lane.retain(-sum(len(payload) for _, _, (_, payload) in stream.answers), stream.share)
         for chunk in self.take_queue(stream):
             if stream.peer is not None:

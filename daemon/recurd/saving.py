@@ -124,7 +124,7 @@ class Saving:
     #: Streams that have ended, and how; ``None``: nobody is to know of them.
     ended: list[tuple[Stream, Ended | None]]
     #: Handles of streams of which it is not known any more how they ended.
-    forgotten: list[int]
+    endings_gone: list[int]
     #: Where all are sent who ask for a stream that is not here, the last of them from now on; empty: as before.
     redirects: list[Redirect | None]
 
@@ -138,7 +138,7 @@ class Unsaved:
         self._streams: dict[int, Stream] = {}
         self._known: dict[int, bytes] = {}
         self._ended: list[tuple[Stream, Ended | None]] = []
-        self._forgotten: list[int] = []
+        self._endings_gone: set[int] = set()
         self._redirects: list[Redirect | None] = []
 
     def note(self, stream: Stream, state: bytes | None = None) -> None:
@@ -150,21 +150,20 @@ class Unsaved:
             elif self._known:
                 self._known.pop(stream.handle, None)
 
-    def end(self, stream: Stream, ended: Ended | None, forgotten: Collection[int] = ()) -> None:
-        """A stream ended, and for that it was forgotten how others did."""
+    def end(self, stream: Stream, ended: Ended | None, endings_gone: Collection[int] = ()) -> None:
+        """A stream ended, and for that it is not known any more how others did: their handles."""
         if self.durable:
             self._streams.pop(stream.handle, None)
             self._known.pop(stream.handle, None)
             self._ended.append((stream, ended))
-            # It may have come back, and how it ended before have been forgotten in this very round.
-            if stream.handle in self._forgotten:
-                self._forgotten.remove(stream.handle)
-            self.forget(forgotten)
+            # It may have come back, and how it ended before be gone since this very round.
+            self._endings_gone.discard(stream.handle)
+            self.forget(endings_gone)
 
     def forget(self, handles: Collection[int]) -> None:
         """It is not known any more how these streams ended."""
         if self.durable:
-            self._forgotten += handles
+            self._endings_gone.update(handles)
 
     def redirect(self, redirect: Redirect | None) -> None:
         """Who asks for a stream that is not here is sent there from now on; ``None``: not any more."""
@@ -173,9 +172,10 @@ class Unsaved:
 
     def take(self) -> Saving | None:
         """All of them; ``None`` when there are none. They stay noted until :meth:`saved`."""
-        if not (self._streams or self._ended or self._forgotten or self._redirects):
+        if not (self._streams or self._ended or self._endings_gone or self._redirects):
             return None
-        return Saving(list(self._streams.values()), self._known, self._ended, self._forgotten, self._redirects)
+        streams, endings_gone = list(self._streams.values()), list(self._endings_gone)
+        return Saving(streams, self._known, self._ended, endings_gone, self._redirects)
 
     def saved(self) -> None:
         """What was taken last stands in the journal; nothing was noted since."""
@@ -186,7 +186,7 @@ class Unsaved:
             stream.stored = identity(stream)
             if stream.state is not None:
                 stream.lane.slots.saved(stream)
-        self._streams, self._known, self._ended, self._forgotten, self._redirects = {}, {}, [], [], []
+        self._streams, self._known, self._ended, self._endings_gone, self._redirects = {}, {}, [], set(), []
 
 
 def identity(stream: Stream) -> object:

@@ -233,11 +233,11 @@ def test_an_ending_that_is_forgotten_and_told_anew_in_one_round_is_kept() -> Non
     unsaved.end(back, ended, [])
     saved = unsaved.take()
     assert saved is not None
-    assert saved.forgotten == []
+    assert saved.endings_gone == []
     unsaved.end(other, ended, [back.handle])
     saved = unsaved.take()
     assert saved is not None
-    assert saved.forgotten == [back.handle]
+    assert saved.endings_gone == [back.handle]
 
 
 def on_disk(folder: Path, table: bytes) -> int:
