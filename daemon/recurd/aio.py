@@ -79,7 +79,7 @@ class Client(Connection):
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._welcomed: asyncio.Future[None] = self._loop.create_future()
-        super().__init__(endpoint, (self._welcomed, None), self._loop.time(), timeout_seconds, queue_limit)
+        super().__init__(endpoint, (self._welcomed, None), self._loop.time, timeout_seconds, queue_limit)
         self._link = Link(endpoint, self._session, self._watch, credentials)
         self._watched: list[int] = []
         self._closed = False
@@ -184,9 +184,6 @@ class Client(Connection):
 
     def __repr__(self) -> str:
         return f"<recurd asyncio client of {self.endpoint}{' (closed)' if self._closed else ''}>"
-
-    def _now(self) -> float:
-        return self._loop.time()
 
     def _check_open(self) -> None:
         if self._closed:

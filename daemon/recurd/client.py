@@ -106,7 +106,7 @@ class Client(Connection):
     ) -> None:
         self._credentials = credentials
         self._welcomed = _Reply()
-        super().__init__(endpoint, self._welcomed, time.monotonic(), timeout_seconds, queue_limit)
+        super().__init__(endpoint, self._welcomed, time.monotonic, timeout_seconds, queue_limit)
         self._process = os.getpid()
         # shared with the background thread
         self._inbox: deque[Callable[[], None]] = deque()
@@ -251,9 +251,6 @@ class Client(Connection):
 
     def __repr__(self) -> str:
         return f"<recurd client of {self.endpoint}{' (closed)' if self._closing else ''}>"
-
-    def _now(self) -> float:
-        return time.monotonic()
 
     def _deadline(self, timeout_seconds: float | None) -> "_Deadline":
         return _Deadline(self._seconds(timeout_seconds))

@@ -1,7 +1,7 @@
 """What the threaded and the asyncio client share: what their objects tell, and how a call becomes a request."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from numbers import Real
 from typing import Any, get_args
@@ -67,8 +67,8 @@ class OpenStream:
 
     @property
     def trouble(self) -> str:
-        """What holds it up and is being waited out (``busy``, ``limit``), in the daemon's words; empty when nothing."""
-        return self._writer.trouble
+        """What holds it up and is waited out: no connection, or what the daemon said last; empty when nothing."""
+        return self._connection._trouble(self._writer)
 
     @property
     def max_chunk_steps(self) -> int:
@@ -117,7 +117,7 @@ class OpenStream:
             raise ValueError(
                 f"expires_seconds is more than 0 and at most {wire.MAX_EXPIRES_SECONDS:g}, not {expires_seconds}"
             )
-        return self._connection._now() + expires_seconds
+        return self._connection._clock() + expires_seconds
 
     def _late(self, seconds: float | None, what: str = "the chunk") -> "partial[Unanswered]":
         """What makes the error of a call on this stream that has waited long enough."""
@@ -126,16 +126,20 @@ class OpenStream:
 
     def _no_room(self, seconds: float | None) -> Unanswered:
         text = f"stream '{self.name}' has too many unanswered chunks; no room within {seconds or 0:g} s"
-        return Unanswered(text + self._connection._note(self._writer))
+        return Unanswered("; ".join(filter(None, [text, self.trouble])))
 
 
 class Connection:
     """A client, as far as it does not depend on threads or asyncio."""
 
-    def __init__(self, endpoint: str, token: Any, now: float, timeout_seconds: float, queue_limit: int) -> None:
+    def __init__(
+        self, endpoint: str, token: Any, clock: Callable[[], float], timeout_seconds: float, queue_limit: int
+    ) -> None:
+        """``clock``: the session's."""
         check_endpoint(endpoint)
         self._endpoint = endpoint
-        self._session = Session(token, now)
+        self._clock = clock
+        self._session = Session(token, clock())
         self._timeout_seconds = timeout_seconds
         self._queue_limit = queue_limit
 
@@ -179,25 +183,21 @@ class Connection:
         seconds = self._timeout_seconds if timeout_seconds is None else timeout_seconds
         return None if math.isinf(seconds) else seconds
 
-    def _now(self) -> float:
-        """The session's clock."""
-        raise NotImplementedError
-
     def _no_daemon(self) -> Unanswered:
         text = f"no daemon answered at {self.endpoint} within {self._timeout_seconds:g} s"
         return Unanswered(text + "; " + (self._session.trouble or "start one with 'recurd serve'"))
 
     def _no_answer(self, what: str, seconds: float | None, *notes: str, writer: Writer | None = None) -> Unanswered:
         """The error of a call that has waited long enough, made at that moment; ``writer``: of its stream."""
-        text = "; ".join([f"{what} was not answered within {seconds or 0:g} s", *notes])
-        return Unanswered(text + self._note(writer))
+        text = f"{what} was not answered within {seconds or 0:g} s"
+        return Unanswered("; ".join(filter(None, [text, *notes, self._trouble(writer)])))
 
-    def _note(self, writer: Writer | None) -> str:
-        """What has held it up, as far as one knows."""
+    def _trouble(self, writer: Writer | None) -> str:
+        """What holds up a stream, as far as one knows; may be empty."""
         if self.is_connected:
-            return f"; the daemon said last: {writer.trouble}" if writer is not None and writer.trouble else ""
+            return f"the daemon said last: {writer.trouble}" if writer is not None and writer.trouble else ""
         trouble = self._session.trouble and f" ({self._session.trouble})"
-        return f"; there is no connection to {self.endpoint} at present{trouble}"
+        return f"there is no connection to {self.endpoint} at present{trouble}"
 
 
 def check_endpoint(endpoint: str) -> None:

@@ -421,15 +421,15 @@ class Writer:
         if self._open_token is not None:
             self._answers.append(Answer(self._open_token, None, error))
             self._open_token = None
-        in_doubt = self._in_doubt(error, refused)
+        maybe_run = self._maybe_run(error, refused)
         for record in self.backlog.clear():
-            self._answers.append(Answer(record.token, None, _in_doubt(error) if record in in_doubt else error))
+            self._answers.append(Answer(record.token, None, _in_doubt(error) if record in maybe_run else error))
         # A stream that is lost is closed; one that nobody answered for may be there still, one that is not ours is.
         self._finish(error, told=error if _stands(error) else None)
 
-    def _in_doubt(self, error: RecurdError, refused: int | None) -> set[Record]:
+    def _maybe_run(self, error: RecurdError, refused: int | None) -> set[Record]:
         """Records that may have been run: that the stream is not ours any more says nothing of what was accepted."""
-        if not _is_not_ours(error):
+        if not _goes_on_without_us(error):
             return set()
         in_flight = self.backlog.in_flight.items()
         return {record for seq, record in in_flight if refused is None or seq < refused or record.sent > 1}
@@ -452,14 +452,14 @@ def _is_cut_off(error: Refused, record: Record) -> bool:
     return error.code is Code.FORBIDDEN and record.sent > 1 and record.payload.type is wire.Type.CHUNK
 
 
-def _is_not_ours(error: RecurdError | None) -> bool:
+def _goes_on_without_us(error: RecurdError | None) -> bool:
     """Whether it says that the stream goes on without us."""
     return isinstance(error, Refused) and error.code in _NOT_OURS
 
 
 def _stands(error: RecurdError | None) -> bool:
     """Whether a stream that has ended for us by this may be there still: then it was not closed."""
-    return isinstance(error, Unanswered) or _is_not_ours(error)
+    return isinstance(error, Unanswered) or _goes_on_without_us(error)
 
 
 def _in_doubt(error: RecurdError) -> Unanswered:

@@ -155,10 +155,8 @@ class Pump:
         left = max(self._pending[0].sent_at, self._answered_at) + self._timeout_seconds - time.monotonic()
         if left <= 0:
             pending = self._pending[0]
-            note = f"; the daemon said last: {self._stream.trouble}" if self._stream.trouble else ""
-            if not self._stream.is_connected:
-                note = "; there is no connection to the daemon at present"
-            raise Unanswered(f"{_lines(pending)} were not answered within {self._timeout_seconds:g} s{note}")
+            text = f"{_lines(pending)} were not answered within {self._timeout_seconds:g} s"
+            raise Unanswered("; ".join(filter(None, [text, self._stream.trouble])))
         return 1000 * left
 
     def _read(self) -> int:
