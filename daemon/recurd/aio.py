@@ -293,7 +293,7 @@ class Stream(OpenStream):
         self._client._session.close(self._writer, (reply, None))
         self._client._turn_soon()
         seconds = self._client._seconds(timeout_seconds)
-        late = partial(self._client._no_answer, f"closing stream '{self.name}'", seconds)
+        late = partial(self._client._no_answer, f"closing stream '{self.name}'", seconds, writer=self._writer)
         await _answer(reply, self._client._deadline(timeout_seconds), late)
 
     async def _take_room(self, deadline: float | None, timeout_seconds: float | None) -> None:

@@ -349,7 +349,8 @@ class Stream(OpenStream):
             TypeError, ValueError: the chunk is not what the model takes; nothing was sent.
             Refused: the daemon did not take the chunk; the stream goes on without it.
             Broken: the stream's state is lost; open it again to start afresh.
-            Unanswered: no result in time. The chunk keeps its place: it may have run, or may run yet.
+            Unanswered: no result in time. The chunk keeps its place: it may have run, or may run yet. Or the stream was
+                taken over or away after the chunk was sent: it may have run.
         """
         deadline = self._client._deadline(timeout_seconds)
         future = self._submit(self._payload(x), deadline, self._starts_by(expires_seconds))
@@ -409,7 +410,7 @@ class Stream(OpenStream):
         deadline = self._client._deadline(timeout_seconds)
         reply = _Reply()
         self._client._hand_over(lambda: self._client._session.close(self._writer, reply))
-        late = partial(self._client._no_answer, f"closing stream '{self.name}'", deadline.seconds)
+        late = partial(self._client._no_answer, f"closing stream '{self.name}'", deadline.seconds, writer=self._writer)
         _wait(reply, deadline, late)
         reply.result()
 

@@ -82,6 +82,8 @@ class Drain:
             self._target.ask("redirect")  # where it was drained itself before: it takes streams again
             while not self._is_empty():
                 self._move(secrets.token_hex(8))
+            # What had moved from there to here and has ended since is nobody's: it may begin anew.
+            self._target.ask("redirect", drained=self._source.endpoint)
         except BaseException as error:
             error.add_note(f"{counted(self._moved + self._settled)} moved to {self._target.endpoint}")
             raise

@@ -1,7 +1,9 @@
 """How streams ended, so that who comes late is told why instead of "unknown"."""
 
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import NamedTuple
 
 from recurd.errors import BREAKING, Broken, Code, Refused
@@ -59,9 +61,10 @@ class Endings:
     """The last ones, by handle and by name inside a tenant. Owned by :class:`recurd.streams.Streams`."""
 
     def __init__(self, *, max_ended: int, max_moved: int = 0) -> None:
+        """``max_ended``: of all tenants together; ``max_moved``: of each tenant."""
         self._ended = _Memory(max_ended)
         # Those that are served elsewhere, apart: one that is forgotten would begin here a second time.
-        self._moved = _Memory(max_moved)
+        self._moved = _Memory(max_moved, of_each=True)
         self._by_name: dict[tuple[str, str], int] = {}
 
     def of(self, tenant: str, handle: int) -> Ended | None:
@@ -81,29 +84,46 @@ class Endings:
         memory = self._ended if ended.redirect is None else self._moved
         memory.add(handle, ended)
         forgotten = []
-        while memory.is_too_full:
+        while memory.is_too_full(ended.tenant):
             handle, oldest = memory.forget(ended.tenant)
-            if self._by_name.get((oldest.tenant, oldest.name)) == handle:
-                del self._by_name[oldest.tenant, oldest.name]
+            self._forget_name(handle, oldest)
             forgotten.append(handle)
         return forgotten
 
+    def forget_moved(self, endpoint: str) -> list[int]:
+        """Forget those that went to this endpoint: their handles (a scan of all that have moved)."""
+        gone = [
+            (h, one) for h, one in self._moved.all() if one.redirect is not None and one.redirect.endpoint == endpoint
+        ]
+        for handle, ended in gone:
+            self._moved.drop(ended.tenant, handle)
+            self._forget_name(handle, ended)
+        return [handle for handle, _ in gone]
+
+    def _forget_name(self, handle: int, ended: Ended) -> None:
+        if self._by_name.get((ended.tenant, ended.name)) == handle:
+            del self._by_name[ended.tenant, ended.name]
+
 
 class _Memory:
-    """So many endings at most, the oldest first, of all tenants alike.
+    """So many endings at most, the oldest are forgotten first: of each tenant, or of all of them in equal parts.
 
     One who opens and closes a million streams shall not make the daemon forget how another's ended.
     """
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, *, of_each: bool = False) -> None:
         self._most = most
+        self._of_each = of_each
         self._count = 0
         self._by_tenant: dict[str, OrderedDict[int, Ended]] = {}
 
-    @property
-    def is_too_full(self) -> bool:
-        """Whether one has to be forgotten."""
-        return self._count > self._most
+    def is_too_full(self, latest: str) -> bool:
+        """Whether one has to be forgotten, after one of the ``latest`` tenant was added."""
+        return (len(self._by_tenant[latest]) if self._of_each else self._count) > self._most
+
+    def all(self) -> Iterator[tuple[int, Ended]]:
+        """Handles and endings of all tenants."""
+        return chain.from_iterable(endings.items() for endings in self._by_tenant.values())
 
     def get(self, tenant: str, handle: int) -> Ended | None:
         """A tenant's ending, when it is here."""
@@ -124,7 +144,7 @@ class _Memory:
     def forget(self, latest: str) -> tuple[int, Ended]:
         """Forget the oldest ending of a tenant that has more than its part: the ``latest`` one, if that has."""
         tenant = latest
-        if len(self._by_tenant[latest]) * len(self._by_tenant) <= self._most:
+        if not self._of_each and len(self._by_tenant[latest]) * len(self._by_tenant) <= self._most:
             tenant = max(self._by_tenant, key=lambda name: len(self._by_tenant[name]))
         oldest = self._by_tenant[tenant].popitem(last=False)
         self._count_out(tenant)

@@ -239,4 +239,9 @@ class Broken(RecurdError):
 
 
 class Unanswered(RecurdError, TimeoutError):
-    """No answer within the time-out. The request may or may not have been carried out; a retry is safe."""
+    """No answer within the time-out, or none any more. The request may or may not have been carried out, or be yet.
+
+    A chunk keeps its place in its stream, so it is not to be pushed again; the results of later ones say that it ran. A
+    stream that was cut off or taken over (the text says so) keeps nothing: what was sent may have been run,
+    and who resumes it sees by its last number.
+    """

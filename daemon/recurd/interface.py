@@ -184,7 +184,8 @@ class Connection:
         return None if math.isinf(seconds) else seconds
 
     def _no_daemon(self) -> Unanswered:
-        text = f"no daemon answered at {self.endpoint} within {self._timeout_seconds:g} s"
+        who = "the daemon did not let us in" if self._session.is_refused else "no daemon answered"
+        text = f"{who} at {self.endpoint} within {self._timeout_seconds:g} s"
         return Unanswered(text + "; " + (self._session.trouble or "start one with 'recurd serve'"))
 
     def _no_answer(self, what: str, seconds: float | None, *notes: str, writer: Writer | None = None) -> Unanswered:
@@ -205,7 +206,7 @@ def check_endpoint(endpoint: str) -> None:
     scheme, _, address = str(endpoint).partition("://")
     host, _, port = address.rpartition(":")
     is_tcp = scheme == "tcp" and host and port.isascii() and port.isdigit() and 0 < int(port) < 65_536
-    if not is_tcp and not (scheme == "ipc" and address.strip("/")):
+    if not is_tcp and not (scheme == "ipc" and address.strip("/") and "\0" not in address):
         raise RecurdError(f"'{endpoint}' is neither tcp://host:port nor ipc:///path")
 
 

@@ -57,6 +57,8 @@ class _Redirect(msgspec.Struct, frozen=True):
     #: ``None``: take streams again.
     endpoint: Endpoint | None = None
     server_key: Key | None = None
+    #: A daemon that has no stream left: what has moved there from here is not there any more.
+    drained: Endpoint | None = None
 
 
 class Leaving:
@@ -214,7 +216,7 @@ class Leaving:
         self._fences.end(group, "lifted")
 
     def redirect(self, request: Request, now: float) -> tuple[Any, bytes]:
-        """No stream is left here: send everybody on who asks for one."""
+        """No stream is left here, or elsewhere: send everybody on who asks for one, or nobody any more."""
         wanted = request.read(_Redirect)
         left = len(self._streams)
         redirect = None if wanted.endpoint is None else Redirect(wanted.endpoint, wanted.server_key)
@@ -223,6 +225,8 @@ class Leaving:
             self._unsaved.redirect(redirect)
             if redirect is not None:
                 self._log.info("drained", endpoint=redirect.endpoint)
+        if wanted.drained is not None:
+            self._unsaved.forget(self._streams.forget_moved(wanted.drained))
         return {"left": left}, b""
 
     def _demand(self, id: str, now: float) -> Group:

@@ -109,9 +109,10 @@ class Lifecycle:
         for peer in self._peers.all():
             rights = self._tenants.of(peer.user)
             if rights is None or rights.name != peer.tenant:
+                error = _unknown_key() if rights is None else _other_tenant()
                 peer.frames, peer.records = [], []
                 self._forget_peer(peer)
-                self._outbox.send_error(peer, wire.NO_HEADER, _unknown_key())
+                self._outbox.send_error(peer, wire.NO_HEADER, error)
                 gone.append(peer.routing_id)
                 continue
             peer.rights = rights
@@ -564,6 +565,10 @@ class Lifecycle:
 
 def _unknown_key() -> Refused:
     return Refused(Code.FORBIDDEN, "this key is not known here (any more)")
+
+
+def _other_tenant() -> Refused:
+    return Refused(Code.FORBIDDEN, "this key is another tenant's now; connect again to be that one")
 
 
 def _is_given(routing_id: bytes) -> bool:

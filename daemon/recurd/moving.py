@@ -10,7 +10,7 @@ and hands them over there, group by group (:mod:`recurd.fences` has the stages):
     import   take streams in, still closed to clients
     admit    they are this daemon's from now on
     drop     they are not
-    redirect no stream is left here: send everybody on who asks for one
+    redirect no stream is left here, send everybody on who asks for one; or none is left there, send nobody there
     groups   which have arrived and are not decided about, with the number of their streams and one of these
     fate     what became of a group
 

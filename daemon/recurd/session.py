@@ -78,6 +78,8 @@ class Session:
         self.error: RecurdError | None = None
         #: What is the matter with connections that never come to be; empty once one has.
         self.trouble = ""
+        #: Whether a daemon has answered the last HELLO, and did not let us in yet.
+        self.is_refused = False
         self._answers: list[Answer] = []
         self._writers: dict[str, Writer] = {}
         self._signatures: dict[str, Signature] = {}
@@ -349,7 +351,7 @@ class Session:
             return
         self._signatures = {}
         self.welcome = welcome
-        self.trouble = ""
+        self.trouble, self.is_refused = "", False
         self._state = _State.READY
         self._look_at = now
         self._ready = dict.fromkeys(self._writers.values())
@@ -421,23 +423,32 @@ class Session:
             self._settle(writer)
 
     def _moved(self, header: wire.Header, error: Refused, now: float) -> None:
-        """A stream is served by another daemon: go there, with all streams. Those of a connection move together."""
+        """A stream is served by another daemon: go there, with all streams."""
         if not self.is_connected:
             return  # it was told for another stream just before
-        writer = self._by_handle.get(header.handle) if header.handle else self._requests.get(header.seq)
+        # One that was open here: those of a connection move together. One that was to be opened: perhaps it alone.
+        writer = self._by_handle.get(header.handle) if header.handle else self._requests.pop(header.seq, None)
+        if not header.handle and writer is not None:
+            writer.sent_on(error, now, self.limits.follow_seconds)
+            self._settle(writer)
+            others = [one for one in self._writers.values() if not one.goes_to(error.endpoint)]
+            if writer.phase is Phase.ENDED or others:
+                return  # it waits for these, which may live here
         if writer is not None and not writer.follows(self.limits.redirects):
-            self._requests.pop(header.seq, None)
             writer.end(error)
             self._settle(writer)
             return
         self.redirect = error
         self.disconnected(now)
-        self._connect_at = now
+        if writer is None or writer.redirects == 1:
+            self._connect_at = now  # else after a pause: the two are in the middle of something
         for one in self._writers.values():
             one.awaited_until = now + self.limits.follow_seconds
 
     def _hello_refused(self, error: Refused | Broken, now: float) -> None:
         if isinstance(error, Refused) and error.code in _HELLO_AGAIN:
+            self.trouble = f"the daemon said last: {error}"
+            self.is_refused = True
             self.disconnected(now)
             self._connect_at = max(self._connect_at, now + (error.retry_after_seconds or 0))
         else:

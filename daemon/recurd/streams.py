@@ -394,6 +394,10 @@ class Streams:
         """Remember how a stream ended, as the last one of its name; the handles of those that are forgotten for it."""
         return self._endings.add(handle, ended)
 
+    def forget_moved(self, endpoint: str) -> list[int]:
+        """Forget which streams have moved to this endpoint: their handles."""
+        return self._endings.forget_moved(endpoint)
+
     def expired(self, now: float) -> list[Stream]:
         """Streams whose idle time-out has passed; the caller ends them. Amortised over records, never a scan of all."""
         due = []

@@ -19,11 +19,13 @@ from recurd.signature import Signature
 Mode = Literal["auto", "resume", "new"]
 #: Seconds to wait before the same request is tried again where the daemon names none.
 RETRY_SECONDS = 0.05
+#: The same, for one that another daemon would answer, while streams that live here keep the client from going there.
+KEPT_SECONDS = 0.5
 #: Codes of a record's ERROR that the stream does not survive, besides the breaking ones: its numbers or its life are
 #: not those we know, so somebody else has started it afresh or closed it.
 _LOST = frozenset({Code.STALE, Code.CLOSED, Code.UNKNOWN_STREAM})
 #: Codes after which the stream goes on without us.
-_NOT_OURS = frozenset({Code.FORBIDDEN, Code.DETACHED})
+_NOT_OURS = frozenset({Code.FORBIDDEN, Code.DETACHED, Code.MOVED})
 # As plain integers: an IntFlag's operators cost more than the rest of an answer.
 _FRESH, _DUPLICATE, _GONE = int(wire.Flag.FRESH), int(wire.Flag.DUPLICATE), int(wire.Flag.GONE)
 
@@ -77,9 +79,12 @@ class Writer:
         self._reopened = False
         self._closing = False
         #: Times it was sent to another daemon since one had it.
-        self._redirects = 0
+        self.redirects = 0
         #: Until when a daemon that does not know it is asked again: it is on its way there.
         self.awaited_until = 0.0
+        #: Where it is, as this connection's daemon has answered the OPEN, and until when it waits to be followed.
+        self._elsewhere: str | None = None
+        self._kept_until = math.inf
         # of the wait for an answer
         #: The daemon's last refusal that is waited out; empty when there was none, or it is over.
         self.trouble = ""
@@ -138,11 +143,30 @@ class Writer:
         self._opens_lost += self.phase is Phase.OPENING
         self.detach()
         self._reopened = False
+        if self._elsewhere is not None:  # the next daemon is asked at once
+            self._elsewhere, self.retry_at = None, 0.0
 
     def follows(self, redirects: int) -> bool:
         """Whether it is to be followed to another daemon once more: not, when they send it back and forth."""
-        self._redirects += 1
-        return self._redirects <= redirects
+        self.redirects += 1
+        return self.redirects <= redirects
+
+    def sent_on(self, error: Refused, now: float, seconds: float) -> None:
+        """An ERROR came for the OPEN: another daemon has it. It waits so long until its client can go there."""
+        if self.phase is not Phase.OPENING:
+            return
+        self.phase = Phase.DETACHED
+        self._elsewhere = error.endpoint
+        self._kept_until = min(self._kept_until, now + seconds)
+        if now < self._kept_until:
+            self._wait(error, now, KEPT_SECONDS)
+        else:
+            text = f"{error.text}, and its client has streams that are here; use another client for it"
+            self.end(Refused(Code.MOVED, text, endpoint=error.endpoint, server_key=error.server_key, group=error.group))
+
+    def goes_to(self, endpoint: str | None) -> bool:
+        """Whether that daemon has it, as far as this connection's has said."""
+        return self._elsewhere == endpoint
 
     def open_frame(self, request_id: int, now: float, group: str | None = None) -> bytes:
         """The OPEN for this connection: the user's own until it was answered once, then one that only resumes.
@@ -166,7 +190,8 @@ class Writer:
             self.end(trouble)
             return
         self.phase = Phase.ATTACHED
-        self._redirects = 0
+        self.redirects, self.awaited_until = 0, 0.0
+        self._elsewhere, self._kept_until = None, math.inf
         self.signature, self.handle, self.max_chunk_steps = signature, header.handle, body.max_chunk_steps
         self._credit = self._window = body.credit
         self.trouble = ""
@@ -217,19 +242,27 @@ class Writer:
         else:
             self.end(self._not_resumed(error) if self.is_open else error)
 
-    def _not_resumed(self, error: Refused) -> Refused | Broken:
+    def _not_resumed(self, error: Refused) -> RecurdError:
         """The error of a stream that was open and is not opened again. Who uses it never asked to resume it."""
         if error.code is Code.FORBIDDEN:
             return error  # it is there still
+        if error.code is Code.UNKNOWN_STREAM and self.awaited_until:
+            return Unanswered(
+                f"stream '{self.stream}' has not come to the daemon that its client was sent to; it may still be where "
+                f"it was"
+            )
         if error.code is Code.UNKNOWN_STREAM:
             return Broken(error.code, f"{_forgotten(self.stream)}; open it again to start afresh")
         return _broken(error)
 
-    def _wait(self, error: Refused, now: float) -> None:
-        """Try again later, and with less at once: what cannot be taken should not come again and again in full."""
+    def _wait(self, error: Refused, now: float, seconds: float = RETRY_SECONDS) -> None:
+        """Try again later, and with less at once: what cannot be taken should not come again and again in full.
+
+        ``seconds``: how much later, where the daemon does not say.
+        """
         self.trouble = str(error)
         self._window = max(1, self._window // 2)
-        self.retry_at = now + (error.retry_after_seconds or RETRY_SECONDS)
+        self.retry_at = now + (error.retry_after_seconds or seconds)
 
     # --- sending ---
 

@@ -18,7 +18,7 @@ from recurrent import Network
 
 PUMP = Network(layers=1, learned=True, counter=True)
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
-B = "tcp://127.0.0.1:7071"
+A, B = "tcp://127.0.0.1:7070", "tcp://127.0.0.1:7071"
 
 
 class Daemon(Desk):
@@ -151,6 +151,31 @@ def test_a_stream_that_comes_back_is_not_taken_for_the_one_that_left(
         np.testing.assert_allclose(last.output, PUMP.run(np.concatenate([draw(1), draw(2)]))[0]["output"][5:], **CLOSE)
     with Daemon(folders[1], models[1]) as there:
         assert there.connect("c").open("s", mode="resume").code == "moved"
+
+
+def test_what_left_and_was_closed_there_may_begin_here_when_all_has_come_back(
+    models: list[Model], folders: tuple[Path, Path]
+) -> None:
+    with Daemon(folders[0], models[0]) as here, Daemon(folders[1], models[1]) as there:
+        caller, follower = here.connect("c"), there.connect("c")
+        for name in ("closed", "stays"):
+            caller.handle(name)
+        for group, source, target, to in (("out", here, there, B), ("back", there, here, A)):
+            stamps = Operator(source).ask("gather", group=group, fence=True)["stamps"]
+            Operator(target).ask("import", Operator(source).export(group), group=group, stamps=stamps)
+            Operator(source).ask("release", group=group, endpoint=to)
+            Operator(target).ask("admit", group=group)
+            if target is there:
+                follower.ask(closing(follower.handle("closed")))
+        assert here.connect("late").open("closed").code == "moved"
+        assert Operator(here).ask("redirect", drained="tcp://other:1") == {"left": 1}
+        assert here.connect("late").open("closed").code == "moved"  # it went to another daemon than that
+        Operator(here).ask("redirect", drained=B)
+    with Daemon(folders[0], models[0]) as here:
+        caller = here.connect("c")
+        assert caller.open("stays", mode="resume").type == Type.OPENED
+        assert caller.open("closed", mode="resume").code == "unknown_stream"
+        assert caller.open("closed").type == Type.OPENED
 
 
 def test_a_second_try_puts_the_journal_to_where_the_stream_is_now(

@@ -21,7 +21,7 @@ from recurd.lifecycle import Identity
 from recurd.session import Limits, Session
 from recurd.signature import GET_STATE, RESET, Payload, clone
 from recurd.stats import Stats
-from recurd.writer import Writer
+from recurd.writer import KEPT_SECONDS, Writer
 
 CONTRACT = {
     "name": "sum",
@@ -1267,6 +1267,8 @@ def test_a_stream_that_is_sent_back_and_forth_ends_with_an_error(pair: Pair, wri
     for number in range(20):
         if writer.error is not None:
             break
+        pair.now += 1
+        pair.turn()
         frames = [wire.decode(frame)[0].type for frame in pair.up]
         pair.deliver_up(frames.index(wire.Type.HELLO) + 1)
         pair.deliver_down()
@@ -1279,6 +1281,67 @@ def test_a_stream_that_is_sent_back_and_forth_ends_with_an_error(pair: Pair, wri
     assert isinstance(writer.error, Refused)
     assert writer.error.code is Code.MOVED
     assert number == Limits().redirects
+
+
+def refuse_open(pair: Pair, *names: str, to: str = "tcp://b:1") -> None:
+    """The daemon answers the OPENs of streams that are on their way with `moved`, and reads what else is."""
+    frames, up = pair.up[:], []
+    for frame in frames:
+        header, payload = wire.decode(frame)
+        if header.type == wire.Type.OPEN and wire.decode_body(payload, wire.Open).stream in names:
+            body = wire.Error(code="moved", text=f"at {to}", in_reply_to=wire.Type.OPEN, endpoint=to)
+            record = wire.control(wire.Type.ERROR, body, code=Code.MOVED, seq=header.seq)
+            pair.daemon.replies.append((pair.peer, wire.frame(record)))
+        else:
+            up.append(frame)
+    pair.up[:] = up
+    pair.deliver_up()
+    pair.deliver_down()
+
+
+def test_one_stream_that_is_elsewhere_does_not_take_away_those_that_are_here(pair: Pair, writer: Writer) -> None:
+    other = pair.session.open(wire.Open(stream="gone", model="sum"), "gone")
+    pair.turn()
+    refuse_open(pair, "gone")
+    assert pair.session.redirect is None
+    pair.push(writer, "x", 1)
+    pair.exchange()
+    assert pair.totals("x") == [[1]]
+    assert "tcp://b:1" in other.trouble
+
+    pair.session.close(writer, "closed")  # now nothing keeps the client here
+    pair.exchange()
+    pair.now += KEPT_SECONDS
+    pair.turn()
+    refuse_open(pair, "gone")
+    assert pair.session.redirect is not None
+    pair.exchange()
+    assert other.is_open
+
+
+def test_what_is_elsewhere_is_refused_when_others_stay_here(pair: Pair, writer: Writer) -> None:
+    other = pair.session.open(wire.Open(stream="gone", model="sum"), "gone")
+    begin = pair.now
+    while other.error is None:
+        pair.turn()
+        refuse_open(pair, "gone")
+        pair.now += KEPT_SECONDS
+    assert begin + Limits().follow_seconds <= pair.now <= begin + Limits().follow_seconds + 2 * KEPT_SECONDS
+    assert isinstance(other.error, Refused)
+    assert (other.error.code, other.error.endpoint) == (Code.MOVED, "tcp://b:1")
+    assert (pair.session.redirect, writer.error) == (None, None)
+    pair.push(writer, "x", 1)
+    pair.exchange()
+    assert pair.totals("x") == [[1]]
+
+
+def test_a_client_goes_where_its_streams_are_when_all_of_them_are_there(pair: Pair) -> None:
+    writers = [pair.session.open(wire.Open(stream=name, model="sum"), name) for name in "ab"]
+    pair.turn()
+    refuse_open(pair, "a", "b")
+    assert pair.session.redirect is not None
+    pair.exchange()
+    assert all(writer.is_open for writer in writers)
 
 
 def test_a_stream_that_is_not_there_yet_is_waited_for_but_not_for_ever(pair: Pair, writer: Writer) -> None:
@@ -1296,4 +1359,4 @@ def test_a_stream_that_is_not_there_yet_is_waited_for_but_not_for_ever(pair: Pai
     pair.exchange()
     pair.pass_time(Limits().follow_seconds)
     pair.exchange()
-    assert isinstance(writer.error, Broken)
+    assert isinstance(writer.error, Unanswered)  # it may be where it was

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from recurd.endings import Redirect
 from recurd.errors import Broken, Code, Refused
 from recurd.streams import Stream, Streams
 
@@ -76,6 +77,22 @@ def test_one_tenants_endings_do_not_displace_anothers() -> None:
     assert known("b", 4) == [0, 1, 2, 3]
     end("c", 50)
     assert (len(known("a", 100)), known("b", 4), known("c", 50)) == (4, [0, 1, 2, 3], [46, 47, 48, 49])
+
+
+def test_where_a_tenants_streams_have_gone_is_known_however_many_tenants_there_are() -> None:
+    streams = Streams(1, max_ended=2, max_moved=4)
+    to = Redirect("tcp://b:1")
+    for number in range(4):
+        for tenant in ("a", "b", "c", "d"):
+            streams.end(add(streams, f"s{number}", tenant=tenant), Code.MOVED, to)
+    endings = [streams.ending(tenant, f"s{number}") for tenant in ("a", "b", "c", "d") for number in range(4)]
+    assert [ending.redirect for ending in endings if ending is not None] == [to] * 16
+    oldest = streams.end(add(streams, "s4", tenant="a"), Code.MOVED, Redirect("tcp://c:1"))[1]
+    assert (len(oldest), streams.ending("a", "s0")) == (1, None)
+
+    assert len(streams.forget_moved("tcp://b:1")) == 15
+    assert [streams.ending(tenant, "s3") for tenant in ("a", "b")] == [None, None]
+    assert streams.ending("a", "s4") is not None
 
 
 def test_without_any_memory_of_endings_all_is_simply_unknown() -> None:

@@ -14,6 +14,8 @@ Examples:
   recurd drain --to tcp://10.0.0.2:7070
   recurd drain --endpoint tcp://10.0.0.1:7070 --to tcp://10.0.0.2:7070 --json
   recurd drain --cancel                       take streams again, after all
+  recurd drain --cancel --drained tcp://10.0.0.2:7070
+                                              also those that had moved there
 \b
 Run it while both daemons serve. Clients follow by themselves, so --to is the address as they reach it; nothing is lost
 and nothing runs twice. The daemon that is drained goes on running, without streams, and sends everybody on who comes:
@@ -33,6 +35,11 @@ Exit codes: 0 all streams have moved, 1 not all of them (the sentence says why; 
 @click.option("--to-server-key", help="Public key of the daemon that takes them, or its .key file.  [--server-key]")
 @click.option("--accept-drift", is_flag=True, help="Go on with other weights, another runtime or device there.")
 @click.option("--cancel", is_flag=True, help="Let a daemon that was drained take new streams again.")
+@click.option(
+    "--drained",
+    callback=checked,
+    help="With --cancel: a daemon that has no stream any more (drained, or gone for good); send nobody there.",
+)
 @click.option("--timeout", type=SECONDS, default=60.0, show_default=True, help="In seconds.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.pass_context
@@ -46,6 +53,7 @@ def drain(
     to_server_key: str | None,
     accept_drift: bool,
     cancel: bool,
+    drained: str | None,
     timeout: float,
     as_json: bool,
 ) -> None:
@@ -56,11 +64,13 @@ def drain(
     check_keys(key, server_key)
     if (to is None) != cancel:
         raise click.UsageError("name the daemon that takes the streams with --to (or say --cancel, alone)")
+    if drained is not None and not cancel:
+        raise click.UsageError("--drained goes with --cancel")
     credentials = read_credentials(key, server_key)
     with Remote(endpoint, timeout, credentials) as source:
         source.ask("groups")  # whether we may, before the other daemon is waited for
         if to is None:
-            left = source.ask("redirect")[0]["left"]
+            left = source.ask("redirect", drained=drained)[0]["left"]
             cancelled = msgspec.json.encode({"endpoint": endpoint, "takes_streams": True, "streams": left}).decode()
             click.echo(cancelled if as_json else f"{endpoint} takes new streams again")
             return
