@@ -17,9 +17,11 @@ import pytest
 import zmq
 
 import recurd
+from process import Process
 from recurd import wire
 from recurd.errors import Code
 from recurd.signature import Signature
+from recurrent import Network
 
 
 @pytest.fixture
@@ -356,6 +358,27 @@ def test_who_may_not_write_to_a_socket_is_told_so(tmp_path: Path) -> None:
 def test_a_wrong_address_is_told_before_anything_is_tried(endpoint: str) -> None:
     with pytest.raises(recurd.RecurdError, match=f"^'{endpoint}' is neither tcp://host:port nor ipc:///path$"):
         recurd.connect(endpoint, timeout_seconds=20)
+
+
+def test_a_path_that_no_socket_can_have_is_told_before_anything_is_tried() -> None:
+    with pytest.raises(recurd.RecurdError, match=r"is neither tcp://host:port nor ipc:///path$"):
+        recurd.connect("ipc://a\0b", timeout_seconds=20)
+
+
+def test_who_is_not_let_in_is_told_what_the_daemon_says(tmp_path: Path) -> None:
+    model = Network(layers=1, learned=True).save(tmp_path / "pump.onnx", proof=True)
+    settings = tmp_path / "recurd.toml"
+    settings.write_text(
+        f"bind = ['ipc://{tmp_path}/s']\nmetrics = ''\nmodels = [{{path = '{model}'}}]\n[limits]\nconnections = 1\n"
+    )
+    with Process(tmp_path, "--config", settings) as daemon:
+        daemon.expect("READY=1")
+        with recurd.connect(f"ipc://{tmp_path}/s"):
+            said = "^the daemon did not let us in at ipc://.* within 0.3 s; the daemon said last: busy: 1 connections"
+            with pytest.raises(recurd.Unanswered, match=said):
+                recurd.connect(f"ipc://{tmp_path}/s", timeout_seconds=0.3)
+        with recurd.connect(f"ipc://{tmp_path}/s") as client:
+            assert client.is_connected
 
 
 def test_an_address_that_zeromq_does_not_take_is_told_at_once() -> None:

@@ -85,9 +85,12 @@ def drain(
                     timeout_seconds=timeout,
                     progress=progress,
                 ).run()
-        except RecurdError as error:
-            for line in (f"recurd: {error}", *getattr(error, "__notes__", ())):
+        except (RecurdError, KeyboardInterrupt) as error:
+            text = "interrupted; run it again to go on" if isinstance(error, KeyboardInterrupt) else str(error)
+            for line in (f"recurd: {text}", *getattr(error, "__notes__", ())):
                 click.echo(line, err=True)
+            if isinstance(error, KeyboardInterrupt):
+                raise
             ctx.exit(ExitCode.DEVICE if isinstance(error, Unanswered) else ExitCode.BUG)
     click.echo(msgspec.json.encode(report).decode() if as_json else _sentence(report, to))
     if report.undecided:
