@@ -70,9 +70,7 @@ def drain(
     with Remote(endpoint, timeout, credentials) as source:
         source.ask("groups")  # whether we may, before the other daemon is waited for
         if to is None:
-            left = source.ask("redirect", drained=drained)[0]["left"]
-            cancelled = msgspec.json.encode({"endpoint": endpoint, "takes_streams": True, "streams": left}).decode()
-            click.echo(cancelled if as_json else f"{endpoint} takes new streams again")
+            _cancel(source, drained, as_json)
             return
         theirs = read_credentials(key, to_server_key or server_key)
         try:
@@ -85,12 +83,11 @@ def drain(
                     timeout_seconds=timeout,
                     progress=progress,
                 ).run()
-        except (RecurdError, KeyboardInterrupt) as error:
-            text = "interrupted; run it again to go on" if isinstance(error, KeyboardInterrupt) else str(error)
-            for line in (f"recurd: {text}", *getattr(error, "__notes__", ())):
-                click.echo(line, err=True)
-            if isinstance(error, KeyboardInterrupt):
-                raise
+        except KeyboardInterrupt as interrupt:
+            _tell("interrupted; run it again to go on", interrupt)
+            raise
+        except RecurdError as error:
+            _tell(str(error), error)
             ctx.exit(ExitCode.DEVICE if isinstance(error, Unanswered) else ExitCode.BUG)
     click.echo(msgspec.json.encode(report).decode() if as_json else _sentence(report, to))
     if report.undecided:
@@ -99,6 +96,18 @@ def drain(
             f"'recurd state held --endpoint {to}' shows them",
             err=True,
         )
+
+
+def _cancel(source: Remote, drained: str | None, as_json: bool) -> None:
+    left = source.ask("redirect", drained=drained)[0]["left"]
+    cancelled = msgspec.json.encode({"endpoint": source.endpoint, "takes_streams": True, "streams": left}).decode()
+    click.echo(cancelled if as_json else f"{source.endpoint} takes new streams again")
+
+
+def _tell(text: str, error: BaseException) -> None:
+    """Why a drain stopped, and what it had done by then."""
+    for line in (f"recurd: {text}", *getattr(error, "__notes__", ())):
+        click.echo(line, err=True)
 
 
 def _sentence(report: Report, to: str) -> str:
