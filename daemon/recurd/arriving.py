@@ -95,6 +95,7 @@ class Arriving:
 
     def _check_all(self, parcels: list[Parcel], wanted: _Import) -> None:
         """Raises :class:`Refused` unless every one of them can be taken in, or is here already."""
+        conflicts: dict[int, str] = {}
         checked = {(one.model, one.stamp.state_hash) for one in wanted.stamps}
         new: Counter[str] = Counter()
         on_lane: Counter[str] = Counter()
@@ -106,7 +107,8 @@ class Arriving:
             _check_parcel(parcel, self._lanes[saved.model], is_run=wanted.lasting)
             self._lifecycle.check_name(saved.name)
             self._lifecycle.check_owner(saved.tenant, saved.name, saved.model)
-            self._check_place(parcel)
+            if conflict := self._conflict(parcel):
+                conflicts[parcel.handle] = conflict
             handles.add(parcel.handle)
             names.add((saved.tenant, saved.name))
             if self._streams.named(saved.tenant, saved.name) is None:
@@ -116,36 +118,43 @@ class Arriving:
                 self._lifecycle.check_room(lane, saved.tenant, new[saved.tenant], on_lane=on_lane[saved.model])
         if len(handles) < len(parcels) or len(names) < len(parcels):
             raise Refused(Code.BAD_REQUEST, "a stream stands there twice")
-        self._check_states(parcels)
+        conflicts |= self._other_states([parcel for parcel in parcels if parcel.handle not in conflicts])
+        if conflicts:
+            first, *others = conflicts.values()
+            text = first + (f" (and so for {len(others)} more)" if others else "")
+            raise Refused(Code.EXISTS, text, handles=list(conflicts))
 
-    def _check_place(self, parcel: Parcel) -> None:
-        """Hold a stream that comes against those that are here. Raises :class:`Refused` (``exists``)."""
+    def _conflict(self, parcel: Parcel) -> str:
+        """What keeps a stream that comes from being one that is here, or from having its place; empty: nothing."""
         saved = parcel.stream
         stream = self._streams.named(saved.tenant, saved.name)
         other = self._streams.by_handle(parcel.handle)
         if stream is None and other is None and not self._streams.is_reserved(saved.tenant, saved.name):
-            return
+            return ""
         what = _is_there(saved)
         if stream is not other or stream is None or stream.lane.name != saved.model:
-            raise Refused(Code.EXISTS, f"{what}, another one")
+            return f"{what}, another one"
         is_held = stream.fence is not None and stream.fence.is_held
         leaves = stream.fence is not None and not is_held
         if leaves or stream.accepted > saved.seq or (stream.accepted < saved.seq and not is_held):
-            raise Refused(Code.EXISTS, f"{what}, at record {stream.accepted}, and {saved.seq} comes")
+            return f"{what}, at record {stream.accepted}, and {saved.seq} comes"
         if not is_held and (stream.answered, stream.generation) != (saved.seq, saved.generation):
-            raise Refused(Code.EXISTS, f"{what}, of generation {stream.generation} and in use")
+            return f"{what}, of generation {stream.generation} and in use"
+        return ""
 
-    def _check_states(self, parcels: list[Parcel]) -> None:
-        """Hold the states of streams that came before, and were handed over, against those that come now.
+    def _other_states(self, parcels: list[Parcel]) -> dict[int, str]:
+        """Which streams came before, and were handed over, with other states than come now; by handle, in words.
 
-        Raises :class:`Refused` (``exists``): the same number of records is not the same records.
+        The same number of records is not the same records.
         """
         here = [(self._streams.by_handle(parcel.handle), parcel.stream) for parcel in parcels]
         same = [(stream, saved) for stream, saved in here if stream is not None and stream.fence is None]
         states = states_of([stream for stream, _ in same if not is_fresh(stream)])
-        for stream, saved in same:
-            if states.get(stream.handle) != saved.state:
-                raise Refused(Code.EXISTS, f"{_is_there(saved)}, with another state after {saved.seq} records")
+        return {
+            stream.handle: f"{_is_there(saved)}, with another state after {saved.seq} records"
+            for stream, saved in same
+            if states.get(stream.handle) != saved.state
+        }
 
     def _take_in(self, parcel: Parcel, group: Group, now: float) -> bool:
         """Whether it comes, and is not here already."""

@@ -16,11 +16,15 @@ import msgspec
 from recurd.errors import Code, RecurdError, Refused, Unanswered
 from recurd.fences import FENCE_SECONDS
 from recurd.remote import Remote
+from recurd.saving import Parcel
 
 #: Streams of a group, about; the streams of one connection are never parted.
 GROUP_STREAMS = 256
 #: Between two looks at a stream that is in the middle of a chunk.
 _POLL_SECONDS = 0.005
+
+#: Names of streams in a sentence, at most.
+_MAX_NAMES = 10
 
 #: Streams moved, and how many there are in all.
 Progress = Callable[[int, int], None]
@@ -39,6 +43,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     settled: int
     #: Streams that wait there for a word of another daemon's drain, or of one that this daemon does not remember.
     undecided: int
+    #: Daemons that streams are still to come from there, by other drains that are not finished.
+    expected: list[str]
     seconds: float
     #: The longest time for which the streams of a group were closed to their clients by this drain.
     longest_pause_seconds: float
@@ -66,6 +72,11 @@ class Drain:
         self._progress = progress or _ignore
         self._page_bytes = min(source.welcome.max_message_bytes, target.welcome.max_message_bytes) - 65_536
         self._moved = self._groups = self._settled = 0
+        #: Whether the target knows that more streams are to come than have been released.
+        self._is_expected = False
+        # Streams that cannot leave, by handle, as the target has others in their place; and why, for the first of them.
+        self._staying: dict[int, str] = {}
+        self._conflict = ""
         # Groups at the target that the source knows nothing of.
         self._unknown: list[str] = []
         self._longest = 0.0
@@ -81,17 +92,25 @@ class Drain:
             self._settle_former()
             self._target.ask("redirect")  # where it was drained itself before: it takes streams again
             while not self._is_empty():
-                self._move(secrets.token_hex(8))
-            # What had moved from there to here and has ended since is nobody's: it may begin anew.
+                if not self._move(secrets.token_hex(8)):
+                    raise self._some_stay()
+            # Nothing is to come any more, and what had moved from there to here and has ended since may begin anew.
             self._target.ask("redirect", drained=self._source.endpoint)
+            there, _ = self._target.ask("groups")
         except BaseException as error:
             error.add_note(f"{counted(self._moved + self._settled)} moved to {self._target.endpoint}")
+            if self._is_expected:
+                error.add_note(
+                    f"no stream begins there that it does not know, until this drain is finished "
+                    f"(or 'recurd drain --cancel --endpoint {self._target.endpoint}' says that it never will be)"
+                )
             raise
         return Report(
             streams=self._moved,
             groups=self._groups,
             settled=self._settled,
-            undecided=self._count_undecided(),
+            undecided=self._undecided(there["held"]),
+            expected=there["expected"],
             seconds=round(time.monotonic() - begin, 3),
             longest_pause_seconds=round(self._longest, 4),
         )
@@ -104,7 +123,9 @@ class Drain:
 
     def _settle_former(self) -> None:
         """Decide about what a drain before has left there undecided, as the source says."""
-        for id in self._target.ask("groups")[0]["held"]:
+        there, _ = self._target.ask("groups")
+        self._is_expected = self._source.endpoint in there["expected"]
+        for id in there["held"]:
             fate = self._source.ask("fate", group=id)[0]["fate"]
             if fate == "released":
                 self._settled += self._target.ask("admit", group=id)[0]["streams"]
@@ -113,34 +134,43 @@ class Drain:
             else:
                 self._unknown.append(id)
 
-    def _count_undecided(self) -> int:
+    def _undecided(self, held: dict[str, Any]) -> int:
         """Streams that still wait there: those that have come again with this drain do not."""
-        held = self._target.ask("groups")[0]["held"] if self._unknown else {}
         return sum(held[id]["streams"] for id in self._unknown if id in held)
 
-    def _move(self, id: str) -> None:
-        """Move the next group, or wait for others to."""
+    def _move(self, id: str) -> bool:
+        """Move the next group, or wait for others to; whether there may be another one."""
         begin = time.monotonic()
         self._leaving = 0
         try:
-            self._move_group(id)
+            more = self._move_group(id)
         except BaseException as error:
             self._give_up(id, error)
             raise
         if self._leaving:
             self._longest = max(self._longest, time.monotonic() - begin)
             self._advanced_at = time.monotonic()
+        return more
 
-    def _move_group(self, id: str) -> None:
-        report, _ = self._source.ask("gather", group=id, fence=True, limit=GROUP_STREAMS)
+    def _move_group(self, id: str) -> bool:
+        report, _ = self._source.ask("gather", group=id, fence=True, limit=GROUP_STREAMS, staying=list(self._staying))
         self._leaving = report["streams"]
         if not self._leaving:
+            if self._staying:
+                return False
             self._wait_for_others(report["left"])
-            return
+            return True
         # Before the first state is copied: other weights are told at once.
         self._import(id, b"", report)
         for data in pages(self._source, id, self._page_bytes, self._timeout_seconds):
-            self._import(id, data, report)
+            if not self._import(id, data, report):
+                self._source.ask("lift", group=id)
+                self._target.ask("drop", group=id)
+                return True
+        if not self._is_expected:
+            # From now on some are here and some are there: who asks there for one that is here must not begin it anew.
+            self._target.ask("expect", source=self._source.endpoint)
+            self._is_expected = True
         released, _ = self._source.ask("release", group=id, **self._redirect)
         if released["fate"] != "released":
             raise DrainError(
@@ -148,6 +178,7 @@ class Drain:
             )
         self._leaving = released.get("streams", self._leaving)
         self._admit(id)
+        return True
 
     def _admit(self, id: str) -> None:
         """A group is the target's from now on."""
@@ -156,10 +187,13 @@ class Drain:
         self._moved += self._leaving
         self._groups += 1
 
-    def _import(self, id: str, data: bytes | memoryview, report: dict[str, Any]) -> None:
+    def _import(self, id: str, data: bytes | memoryview, report: dict[str, Any]) -> bool:
+        """Whether the target has taken streams in; where it has others in their place, these stay."""
         try:
             self._target.ask("import", data, group=id, stamps=report["stamps"], accept_drift=self._accept_drift)
         except Refused as refusal:
+            if refusal.handles and self._stay(refusal, data):
+                return False
             error = DrainError(f"{self._target.endpoint} does not take them: {refusal.text}")
             if refusal.code is Code.WRONG_MODEL and report["former"]:
                 error.add_note(
@@ -167,6 +201,25 @@ class Drain:
                     f"finish and drain again, or end them ('recurd reload --incompatible restart')"
                 )
             raise error from refusal
+        return True
+
+    def _stay(self, refusal: Refused, data: bytes | memoryview) -> bool:
+        """Leave streams where they are, with all streams of their connections; whether the refusal is about some."""
+        self._conflict = self._conflict or refusal.text
+        parcels = msgspec.msgpack.decode(data, type=list[Parcel])
+        staying = {parcel.handle: parcel.stream.name for parcel in parcels if parcel.handle in (refusal.handles or ())}
+        self._staying |= staying
+        return bool(staying)
+
+    def _some_stay(self) -> DrainError:
+        names = ", ".join(f"'{name}'" for name in list(self._staying.values())[:_MAX_NAMES])
+        more = f" and {len(self._staying) - _MAX_NAMES:,} more" if len(self._staying) > _MAX_NAMES else ""
+        error = DrainError(f"{self._target.endpoint} has other streams in the place of {names}{more}: {self._conflict}")
+        error.add_note(
+            f"they stay at {self._source.endpoint} with all streams of their clients; close each at one of the two "
+            f"daemons, and drain again"
+        )
+        return error
 
     def _wait_for_others(self, left: int) -> None:
         """All streams that are left are on their way already."""

@@ -99,6 +99,10 @@ class Durable:
         if redirect is not None:
             self._engine.send_on(redirect)
             self._log.warning("drained", endpoint=redirect.endpoint, reason="before the start; see drain --cancel")
+        sources = self._journal.expected()
+        if sources:
+            self._engine.expect(sources)
+            self._log.warning("streams_expected", sources=sources, reason="before the start; see drain")
         count = 0
         for handle, saved, answers in self._journal.load():
             version = self._versions[saved.model, saved.version]

@@ -515,6 +515,10 @@ class Engine:
         """Take no stream, as a daemon that was drained and started again: out of the journal."""
         self._fences.redirect = redirect
 
+    def expect(self, sources: list[str]) -> None:
+        """Begin no stream that may be one of these daemons', as before the start: out of the journal."""
+        self._fences.expected = sources
+
     def to_save(self) -> Saving | None:
         """What changed since the last :meth:`saved`; nothing that was put out may be sent before it is saved."""
         return self._unsaved.take()

@@ -171,7 +171,8 @@ class Refused(RecurdError):
     ``expected`` is the seq the daemon waits for (with ``gap`` and ``stale``, else ``None``), ``generation`` the
     stream's own (with ``stale``); ``retry_after_seconds`` is set for codes in :data:`PASSING`, and with ``draining``
     where the streams will be there after a restart. ``endpoint``, ``server_key`` and ``group`` (with ``moved``): where
-    the stream is served now, and with which others it left.
+    the stream is served now, and with which others it left. ``handles`` (with ``exists``): those of the streams that
+    were to come from another daemon which cannot, as there are others in their place.
     """
 
     def __init__(
@@ -185,6 +186,7 @@ class Refused(RecurdError):
         endpoint: str | None = None,
         server_key: str | None = None,
         group: str | None = None,
+        handles: list[int] | None = None,
     ) -> None:
         super().__init__(code, text)
         self.code = code
@@ -195,6 +197,7 @@ class Refused(RecurdError):
         self.endpoint = endpoint
         self.server_key = server_key
         self.group = group
+        self.handles = handles
 
     @property
     def is_passing(self) -> bool:
@@ -213,6 +216,7 @@ class Refused(RecurdError):
             "endpoint": self.endpoint,
             "server_key": self.server_key,
             "group": self.group,
+            "handles": self.handles,
         }
         return partial(Refused, **details), (self.code, self.text)
 

@@ -29,6 +29,8 @@ from recurd.streams import Stream
 #: A group whose operator is not heard of for so long is let go.
 FENCE_SECONDS = 10.0
 _RETRY_SECONDS = 0.05
+#: When somebody asks again for a stream that may be on its way here: a drain that was cut off may take long to go on.
+_EXPECTED_RETRY_SECONDS = 0.5
 #: Groups whose fate is remembered.
 _MAX_FATES = 10_000
 #: What an operator calls a group; it is remembered, logged and told to clients.
@@ -82,6 +84,9 @@ class Fences:
         self._fates: OrderedDict[str, str] = OrderedDict()
         #: Where every stream is that is not known here; ``None`` as long as this daemon takes new ones.
         self.redirect: Redirect | None = None
+        #: Endpoints of daemons that some streams have come from, and more are to come: what is not known here may be
+        #: there still. In the order in which they were named.
+        self.expected: list[str] = []
 
     def get(self, id: str, now: float) -> Group | None:
         """A group, whose operator has just been heard of."""
@@ -155,3 +160,13 @@ class Fences:
             raise peer.fence.refusal(name)
         if self.redirect is not None:
             raise self.redirect.error(name)
+        self.check_expected(name)
+
+    def check_expected(self, name: str) -> None:
+        """Raises :class:`Refused` (``busy``) where a stream that is not here may be one that is on its way."""
+        if self.expected:
+            text = (
+                f"stream '{name}' may be one that is to come from {' or '.join(self.expected)}: "
+                f"a drain to this daemon is not finished"
+            )
+            raise Refused(Code.BUSY, text, retry_after_seconds=_EXPECTED_RETRY_SECONDS)

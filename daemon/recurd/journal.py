@@ -55,6 +55,7 @@ _TABLES = (b"meta", b"streams", b"states", b"answers", b"endings")
 _FORMAT_KEY = b"format"
 _COMMITS_KEY = b"commits"
 _REDIRECT_KEY = b"redirect"
+_EXPECTED_KEY = b"expected"
 _STAMP_PREFIX = b"model:"
 #: The store grows by doubling from here; it is sparse, and address space costs nothing.
 _FIRST_MAP_BYTES = 1 << 28
@@ -270,6 +271,14 @@ class Journal:
             redirect = _unpack(_REDIRECT_KEY, value, "where streams are sent to")
             return msgspec.msgpack.decode(redirect, type=Redirect | None)
 
+    def expected(self) -> list[str]:
+        """Endpoints of daemons that streams are to come from. Raises :class:`JournalError`."""
+        with self._read() as transaction:
+            value = transaction.get(_EXPECTED_KEY, db=self._meta)
+            if value is None:
+                return []
+            return msgspec.msgpack.decode(_unpack(_EXPECTED_KEY, value, "who streams are to come from"), type=list[str])
+
     def states(self, handles: list[int]) -> list[bytes]:
         """The states of streams as they were saved last, none of them at a fresh start.
 
@@ -315,6 +324,7 @@ class Journal:
             changes.end(stream, how, self._commits)
         changes.endings_gone += map(_HANDLE.pack, saving.endings_gone)
         changes.redirects = saving.redirects
+        changes.expected = saving.expected
         while True:
             try:
                 self._put(changes)
@@ -353,6 +363,8 @@ class Journal:
                 transaction.delete(key, db=self._endings)
             if changes.redirects:
                 transaction.put(*_entry(_REDIRECT_KEY, msgspec.msgpack.encode(changes.redirects[-1])), db=self._meta)
+            if changes.expected is not None:
+                transaction.put(*_entry(_EXPECTED_KEY, msgspec.msgpack.encode(changes.expected)), db=self._meta)
             number = _pack(_COMMITS_KEY, _COMMITS.pack(self._commits + 1))
             transaction.put(_COMMITS_KEY, number, db=self._meta)
 
@@ -375,6 +387,7 @@ class _Changes:
         self.ended: list[bytes] = []
         self.endings_gone: list[bytes] = []
         self.redirects: list[Redirect | None] = []
+        self.expected: list[str] | None = None
 
     def add(self, stream: Stream, state: bytes | None) -> None:
         """A stream as it stands; ``state`` is ``None`` for one that is fresh."""

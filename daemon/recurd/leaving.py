@@ -33,6 +33,8 @@ class _Gather(msgspec.Struct, frozen=True):
     fence: bool = False
     #: About so many; the streams of a connection are never parted. With ``fence`` only.
     limit: int = 256
+    #: Handles of streams that stay, with all streams of their connections. With ``fence`` only.
+    staying: frozenset[int] = frozenset()
     #: Without ``fence``: only these.
     model: str | None = None
     stream: str = "*"
@@ -51,14 +53,6 @@ class _Release(msgspec.Struct, frozen=True):
     group: GroupId
     endpoint: Endpoint
     server_key: Key | None = None
-
-
-class _Redirect(msgspec.Struct, frozen=True):
-    #: ``None``: take streams again.
-    endpoint: Endpoint | None = None
-    server_key: Key | None = None
-    #: A daemon that has no stream left: what has moved there from here is not there any more.
-    drained: Endpoint | None = None
 
 
 class Leaving:
@@ -88,7 +82,7 @@ class Leaving:
         wanted = request.read(_Gather)
         group = self._fences.get(wanted.group, now)
         if group is None:
-            streams = self._next(wanted.limit) if wanted.fence else self._like(wanted)
+            streams = self._next(wanted.limit, wanted.staying) if wanted.fence else self._like(wanted)
             group = Group(wanted.group, streams)
             if wanted.fence:
                 self._close(group)
@@ -101,7 +95,7 @@ class Leaving:
             "stamps": [ModelStamp(lane.name, lane.stamp) for lane in {stream.lane: None for stream in group.streams}],
         }, b""
 
-    def _next(self, limit: int) -> list[Stream]:
+    def _next(self, limit: int, staying: frozenset[int]) -> list[Stream]:
         """The streams that leave next: those without a connection, then those of as many connections as needed.
 
         A client follows with all its streams at once, so they leave together. Those without a connection leave first:
@@ -111,14 +105,14 @@ class Leaving:
         present: list[Stream] = []
         former: list[Stream] = []
         for stream in self._streams.all():
-            if stream.peer is None and stream.fence is None:
+            if stream.peer is None and stream.fence is None and stream.handle not in staying:
                 (former if stream.lane.is_former else present).append(stream)
                 if len(present) >= limit:
                     break
         if present or former:
             return present or former[:limit]
         for peer in self._peers.all():
-            if peer.fence is None:
+            if peer.fence is None and staying.isdisjoint(peer.handles):
                 streams = [self._streams.of_handle(handle) for handle in peer.handles]
                 group = former if any(stream.lane.is_former for stream in streams) else present
                 if len(group) < limit:
@@ -214,20 +208,6 @@ class Leaving:
         for peer in group.peers:
             peer.fence = None
         self._fences.end(group, "lifted")
-
-    def redirect(self, request: Request, now: float) -> tuple[Any, bytes]:
-        """No stream is left here, or elsewhere: send everybody on who asks for one, or nobody any more."""
-        wanted = request.read(_Redirect)
-        left = len(self._streams)
-        redirect = None if wanted.endpoint is None else Redirect(wanted.endpoint, wanted.server_key)
-        if redirect != self._fences.redirect and (redirect is None or not left):
-            self._fences.redirect = redirect
-            self._unsaved.redirect(redirect)
-            if redirect is not None:
-                self._log.info("drained", endpoint=redirect.endpoint)
-        if wanted.drained is not None:
-            self._unsaved.forget(self._streams.forget_moved(wanted.drained))
-        return {"left": left}, b""
 
     def _demand(self, id: str, now: float) -> Group:
         group = self._fences.get(id, now)

@@ -381,6 +381,7 @@ class Lifecycle:
         if ending is not None and ending.redirect is not None:
             # Told that it has moved, the client would take its own stream for moved and follow.
             raise Refused(Code.EXISTS, f"there is a stream '{name}' already, at {ending.redirect.endpoint}")
+        self._fences.check_expected(name)
         self.check_room(source.lane, peer.tenant)
 
     def reserve(self, source: Stream, name: str) -> None:

@@ -10,6 +10,7 @@ and hands them over there, group by group (:mod:`recurd.fences` has the stages):
     import   take streams in, still closed to clients
     admit    they are this daemon's from now on
     drop     they are not
+    expect   more streams are to come from there: begin none here that is not known, it may be one of them
     redirect no stream is left here, send everybody on who asks for one; or none is left there, send nobody there
     groups   which have arrived and are not decided about, with the number of their streams and one of these
     fate     what became of a group
@@ -19,10 +20,13 @@ Every command may be given twice.
 
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from recurd.admin import Command, Request
 from recurd.arriving import Arriving
+from recurd.endings import Redirect
 from recurd.fences import Fences, OfGroup
-from recurd.leaving import Leaving
+from recurd.leaving import Endpoint, Key, Leaving
 from recurd.lifecycle import Lifecycle
 from recurd.peers import Outbox, Peers
 from recurd.saving import Unsaved
@@ -31,6 +35,19 @@ from recurd.versions import Versions
 
 if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
+
+
+class _Expect(msgspec.Struct, frozen=True):
+    #: ``None``: nothing is expected from anywhere.
+    source: Endpoint | None = None
+
+
+class _Redirect(msgspec.Struct, frozen=True):
+    #: ``None``: take streams again.
+    endpoint: Endpoint | None = None
+    server_key: Key | None = None
+    #: A daemon that has no stream left: nothing is expected from there, and what has moved there is not there any more.
+    drained: Endpoint | None = None
 
 
 class Moving:
@@ -48,7 +65,9 @@ class Moving:
         lifecycle: Lifecycle,
         log: "FilteringBoundLogger",
     ) -> None:
+        self._streams = streams
         self._fences = fences
+        self._unsaved = unsaved
         self._log = log
         self._leaving = Leaving(
             streams=streams,
@@ -76,23 +95,56 @@ class Moving:
             "export": self._leaving.export,
             "release": self._leaving.release,
             "lift": self._leaving.lift,
-            "redirect": self._leaving.redirect,
             "import": self._arriving.import_,
             "admit": self._arriving.admit,
             "drop": self._arriving.drop,
+            "expect": self._expect,
+            "redirect": self._redirect,
             "groups": self._groups,
             "fate": self._fate,
         }
 
+    def _expect(self, request: Request, now: float) -> tuple[Any, bytes]:
+        """Streams of another daemon are to come: begin none here that is not known. Or none are, from anywhere."""
+        source = request.read(_Expect).source
+        expected = self._fences.expected
+        if source is None:
+            self._await([])
+        elif source not in expected:
+            self._await([*expected, source])
+        return {"expected": self._fences.expected}, b""
+
+    def _redirect(self, request: Request, now: float) -> tuple[Any, bytes]:
+        """No stream is left here, or elsewhere: send everybody on who asks for one, or nobody any more."""
+        wanted = request.read(_Redirect)
+        left = len(self._streams)
+        redirect = None if wanted.endpoint is None else Redirect(wanted.endpoint, wanted.server_key)
+        if redirect != self._fences.redirect and (redirect is None or not left):
+            self._fences.redirect = redirect
+            self._unsaved.redirect(redirect)
+            if redirect is not None:
+                self._log.info("drained", endpoint=redirect.endpoint)
+                self._await([])  # whatever was to come here is asked for there
+        if wanted.drained is not None:
+            self._unsaved.forget(self._streams.forget_moved(wanted.drained))
+            self._await([source for source in self._fences.expected if source != wanted.drained])
+        return {"left": left}, b""
+
+    def _await(self, sources: list[str]) -> None:
+        if sources != self._fences.expected:
+            self._fences.expected = sources
+            self._unsaved.expect(sources)
+            self._log.info("streams_expected", sources=sources)
+
     def _groups(self, request: Request, now: float) -> tuple[Any, bytes]:
-        """Groups that have arrived here."""
+        """Groups that have arrived here, and daemons that more are to come from."""
         held: dict[str, dict[str, Any]] = {}
         for group in self._fences.held():
             streams = list(group.members())
             held[group.id] = {"streams": len(streams)}
             if streams:
                 held[group.id] |= {"tenant": streams[0].tenant, "stream": streams[0].name}
-        return {"held": held}, b""
+        return {"held": held, "expected": self._fences.expected}, b""
 
     def _fate(self, request: Request, now: float) -> tuple[Any, bytes]:
         """What became of a group; asking changes nothing for it."""

@@ -209,6 +209,7 @@ def _body(error: Refused | Broken, in_reply_to: int) -> wire.Error:
         endpoint=getattr(error, "endpoint", None),
         server_key=getattr(error, "server_key", None),
         group=getattr(error, "group", None),
+        handles=getattr(error, "handles", None),
         generation=error.generation,
         last_seq=getattr(error, "last_seq", None),
     )

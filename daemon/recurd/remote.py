@@ -138,4 +138,4 @@ def _error(header: wire.Header, payload: memoryview) -> Refused:
         code = Code(header.code)
     except ValueError:
         code = Code.INTERNAL
-    return Refused(code, body.text, retry_after_seconds=body.retry_after_seconds)
+    return Refused(code, body.text, retry_after_seconds=body.retry_after_seconds, handles=body.handles)

@@ -127,6 +127,8 @@ class Saving:
     endings_gone: list[int]
     #: Where all are sent who ask for a stream that is not here, the last of them from now on; empty: as before.
     redirects: list[Redirect | None]
+    #: Daemons that streams are to come from, from now on; ``None``: as before.
+    expected: list[str] | None
 
 
 class Unsaved:
@@ -140,6 +142,7 @@ class Unsaved:
         self._ended: list[tuple[Stream, Ended | None]] = []
         self._endings_gone: set[int] = set()
         self._redirects: list[Redirect | None] = []
+        self._expected: list[str] | None = None
 
     def note(self, stream: Stream, state: bytes | None = None) -> None:
         """A stream began, or a record of it was answered; ``state`` where it is known and not that of a fresh start."""
@@ -170,12 +173,17 @@ class Unsaved:
         if self.durable:
             self._redirects.append(redirect)
 
+    def expect(self, sources: list[str]) -> None:
+        """Streams of these daemons are to come, from now on."""
+        if self.durable:
+            self._expected = sources
+
     def take(self) -> Saving | None:
         """All of them; ``None`` when there are none. They stay noted until :meth:`saved`."""
-        if not (self._streams or self._ended or self._endings_gone or self._redirects):
+        if not (self._streams or self._ended or self._endings_gone or self._redirects or self._expected is not None):
             return None
         streams, endings_gone = list(self._streams.values()), list(self._endings_gone)
-        return Saving(streams, self._known, self._ended, endings_gone, self._redirects)
+        return Saving(streams, self._known, self._ended, endings_gone, self._redirects, self._expected)
 
     def saved(self) -> None:
         """What was taken last stands in the journal; nothing was noted since."""
@@ -187,6 +195,7 @@ class Unsaved:
             if stream.state is not None:
                 stream.lane.slots.saved(stream)
         self._streams, self._known, self._ended, self._endings_gone, self._redirects = {}, {}, [], set(), []
+        self._expected = None
 
 
 def identity(stream: Stream) -> object:

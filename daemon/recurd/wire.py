@@ -439,6 +439,8 @@ class Error(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
     endpoint: str | None = None
     server_key: str | None = None
     group: str | None = None
+    #: With ``exists``, of streams that were to come: those that cannot.
+    handles: list[int] | None = None
     #: With broken streams: the last generation and seq there were.
     generation: int | None = None
     last_seq: int | None = None

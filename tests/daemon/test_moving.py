@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dialogue import Desk, chunk, closing, opening, reset, state
+from dialogue import Caller, Desk, chunk, closing, opening, reset, state
 from moving import Operator
 from recurd.config import Auth, Config, Tenant, override
 from recurd.drain import Drain, DrainError
@@ -206,7 +206,7 @@ def test_without_a_word_from_the_operator_a_stream_goes_on_as_if_nothing_had_hap
     move(here, there, "second")  # what had arrived with the first is replaced
     follower = there.connect("z")
     assert follower.open("s").body["last_seq"] == 2
-    assert Operator(there).ask("groups") == {"held": {}}
+    assert Operator(there).ask("groups")["held"] == {}
 
 
 def test_who_was_sent_on_finds_the_stream_though_the_operator_died_before_handing_it_over(
@@ -223,7 +223,7 @@ def test_who_was_sent_on_finds_the_stream_though_the_operator_died_before_handin
     assert there.connect("x").open("s").code == "busy"
     assert there.connect("c").open("s", mode="resume", generation=1, group="g").type == Type.OPENED
     target = Operator(there)
-    assert target.ask("groups") == {"held": {"g": {"streams": 1, "tenant": "local", "stream": "t"}}}
+    assert target.ask("groups")["held"] == {"g": {"streams": 1, "tenant": "local", "stream": "t"}}
     assert target.ask("drop", group="g") == {"fate": "dropped"}
     assert names(there) == {"s"}
     assert Operator(here).ask("lift", group="g") == {"fate": "released"}
@@ -312,6 +312,7 @@ def test_what_is_there_already_is_not_replaced(here: Desk, there: Desk) -> None:
     data = source.export("g")
     refused = target.reply("import", data, group="g", stamps=stamps)
     assert (refused.code, "'s' of tenant 'local'" in refused.body["text"]) == ("exists", True)
+    assert refused.body["handles"] == [handle]
 
     other.run(closing(others))
     for group in ("g", "h"):  # twice the same is once
@@ -550,12 +551,15 @@ _KEYS = st.dictionaries(
             "endpoint",
             "server_key",
             "lasting",
+            "staying",
+            "source",
+            "drained",
         ]
     ),
     st.one_of(_ANYTHING, st.sampled_from(["g", "h", "*", "[", 0, 1, 10**6, True])),
 )
 _ORDERS = st.sampled_from(
-    ["gather", "export", "release", "lift", "import", "admit", "drop", "redirect", "groups", "fate", "gather", "export"]
+    ["gather", "export", "release", "lift", "import", "admit", "drop", "redirect", "expect", "groups", "fate", "gather"]
 )
 
 
@@ -639,7 +643,7 @@ class At:
     def ask(self, command: str, data: bytes = b"", **keys: Any) -> tuple[dict[str, Any], bytes]:
         reply = self._operator.reply(command, data, **keys)
         if reply.type == Type.ERROR:
-            raise Refused(Code(reply.header.code), reply.body["text"])
+            raise Refused(Code(reply.header.code), reply.body["text"], handles=reply.body.get("handles"))
         if command == self.lost:
             self.lost = ""
             raise Unanswered(f"no answer from {self.endpoint} within 1 s")
@@ -657,7 +661,8 @@ def test_what_has_moved_is_told_whichever_answer_is_lost(here: Desk, there: Desk
     source, target = (At(desk, end, command if desk is loser else "") for desk, end in ((here, A), (there, B)))
     with pytest.raises(Unanswered, match="no answer from") as failure:
         Drain(source, target).run()  # type: ignore[arg-type]
-    (told,) = failure.value.__notes__
+    told, *marked = failure.value.__notes__
+    assert len(marked) == (command in ("release", "admit"))
     moved = int(told.split()[0])
     assert moved == len(names(there))
     assert names(here) | names(there) == {"s0", "s1", "s2"}
@@ -721,3 +726,93 @@ def test_streams_of_a_drain_that_is_not_remembered_are_told_and_left(here: Desk,
     assert there.connect("c").open("s").code == "busy"
     Operator(there).ask("drop", group="g")
     assert there.connect("d").open("s").type == Type.OPENED
+
+
+# --- until all have come ---
+
+
+class Cut(At):
+    """A connection that is lost for good before a command is given the so manieth time."""
+
+    def __init__(self, desk: Desk, endpoint: str, command: str, times: int) -> None:
+        super().__init__(desk, endpoint)
+        self._command, self._times = command, times
+
+    def ask(self, command: str, data: bytes = b"", **keys: Any) -> tuple[dict[str, Any], bytes]:
+        self._times -= command == self._command
+        if self._times <= 0:
+            raise Unanswered(f"no answer from {self.endpoint} within 1 s")
+        return super().ask(command, data, **keys)
+
+
+def half_drained(here: Desk, there: Desk) -> Caller:
+    """``left`` has come, ``stays`` has not: the connection that has it here."""
+    left, stays = here.connect("left"), here.connect("stays")
+    for seed, (caller, name) in enumerate(((left, "left"), (stays, "stays"))):
+        caller.run(chunk(caller.handle(name), 1, draw(seed, 3)))
+    here.engine.disconnected(left.routing_id)
+    with pytest.raises(Unanswered) as failure:
+        Drain(Cut(here, A, "gather", 2), At(there, B)).run()  # type: ignore[arg-type]
+    assert (names(here), names(there)) == ({"stays"}, {"left"})
+    assert "until this drain is finished" in failure.value.__notes__[-1]
+    return stays
+
+
+def test_no_stream_begins_a_second_time_where_a_drain_that_was_cut_off_has_brought_others(
+    here: Desk, there: Desk
+) -> None:
+    stays = half_drained(here, there)
+    caller = there.connect("c")
+    for mode in ("auto", "resume", "new"):
+        busy = caller.ask(opening("stays", mode=mode))
+        assert (busy.code, busy.body["retry_after_seconds"] > 0, A in busy.body["text"]) == ("busy", True, True)
+    opened = caller.open("left")
+    assert opened.body["last_seq"] == 1
+    assert caller.ask(state(opened.header.handle, 2, Operation.CLONE, b"stays")).code == "busy"
+    stays.run(chunk(stays.handle("stays"), 2, draw(3, 3)))
+
+    report = Drain(At(here, A), At(there, B)).run()  # type: ignore[arg-type]
+
+    assert (report.streams, report.expected) == (1, [])
+    assert caller.open("stays").body["last_seq"] == 2
+    assert caller.open("new").body["fresh"]
+
+
+def test_who_runs_it_may_say_that_nothing_more_comes(here: Desk, there: Desk) -> None:
+    half_drained(here, there)
+    Operator(there).ask("expect", source="tcp://third:1")
+    assert Operator(there).ask("expect", source=A) == {"expected": [A, "tcp://third:1"]}
+    assert Drain(At(here, A), At(there, B)).run().expected == ["tcp://third:1"]  # type: ignore[arg-type]
+    caller = there.connect("c")
+    assert caller.open("new").code == "busy"
+    assert Operator(there).ask("expect") == {"expected": []}
+    assert caller.open("new").body["fresh"]
+
+
+@pytest.mark.parametrize("command", ["gather", "export"])
+def test_a_drain_that_brought_nothing_leaves_no_mark(here: Desk, there: Desk, command: str) -> None:
+    here.connect("c").handle("s")
+    with pytest.raises(Unanswered):
+        Drain(Cut(here, A, command, 1), At(there, B)).run()  # type: ignore[arg-type]
+    assert there.connect("c").open("new").body["fresh"]
+
+
+def test_two_streams_of_one_name_keep_only_themselves_and_their_clients_from_moving(here: Desk, there: Desk) -> None:
+    gone, stays, other = here.connect("gone"), here.connect("stays"), here.connect("other")
+    for caller, name in ((gone, "x"), (gone, "y"), (stays, "p"), (stays, "q"), (other, "z")):
+        caller.handle(name)
+    here.engine.disconnected(gone.routing_id)
+    theirs = there.connect("theirs")
+    handles = {name: theirs.handle(name) for name in ("x", "p")}
+
+    with pytest.raises(DrainError, match="other streams in the place of 'x', 'p'") as failure:
+        Drain(At(here, A), At(there, B)).run()  # type: ignore[arg-type]
+
+    assert failure.value.__notes__[0].startswith(f"they stay at {A} with all streams of their clients")
+    assert (names(here), names(there)) == ({"x", "p", "q"}, {"y", "z", "x", "p"})
+    (reply,) = stays.run(chunk(stays.handle("q"), 1, draw(1, 3)))  # it is open to its client
+    assert reply.type == Type.RESULT
+    theirs.ask(closing(handles["x"]))
+    stays.ask(closing(stays.handle("p")))
+    assert Drain(At(here, A), At(there, B)).run().streams == 2  # type: ignore[arg-type]
+    assert (names(here), names(there)) == (set(), {"x", "y", "p", "q", "z"})

@@ -76,7 +76,7 @@ def test_what_has_arrived_is_still_closed_after_a_restart_and_then_handed_over(
 
     with Daemon(folders[1], models[1]) as there:
         assert there.connect("c").open("s").code == "busy"
-        assert Operator(there).ask("groups") == {"held": {"g": {"streams": 1, "tenant": "local", "stream": "s"}}}
+        assert Operator(there).ask("groups")["held"] == {"g": {"streams": 1, "tenant": "local", "stream": "s"}}
         Operator(there).ask("admit", group="g")
     with Daemon(folders[1], models[1]) as there:
         follower = there.connect("c")
@@ -130,6 +130,27 @@ def test_a_drained_daemon_is_drained_after_a_restart_until_that_is_taken_back(
     with Daemon(folders[0], models[0]) as here:
         assert not here.engine.full
         assert here.connect("c").open("other").type == Type.OPENED
+
+
+def test_what_is_expected_is_expected_after_a_restart_until_it_has_come_or_never_will(
+    models: list[Model], folders: tuple[Path, Path]
+) -> None:
+    def expected() -> bool:
+        """A restart, and whether it still is."""
+        with Daemon(folders[1], models[1]) as daemon:
+            return daemon.connect().ask(opening("s", mode="resume")).code == "busy"
+
+    assert not expected()
+    for ends in ({"command": "redirect", "drained": A}, {"command": "expect"}, {"command": "redirect", "endpoint": A}):
+        with Daemon(folders[1], models[1]) as there:
+            Operator(there).ask("expect", source=A)
+        assert expected()
+        with Daemon(folders[1], models[1]) as there:
+            Operator(there).ask("redirect", drained=B)
+        assert expected()
+        with Daemon(folders[1], models[1]) as there:
+            Operator(there).ask(**ends)
+        assert not expected()
 
 
 def test_a_stream_that_comes_back_is_not_taken_for_the_one_that_left(
@@ -242,4 +263,4 @@ def test_what_is_dropped_is_not_in_the_journal(models: list[Model], folders: tup
         Operator(there).ask("drop", group="g")
     with Daemon(folders[1], models[1]) as there:
         assert there.connect("c").open("s", mode="resume").code == "unknown_stream"
-        assert Operator(there).ask("groups") == {"held": {}}
+        assert Operator(there).ask("groups")["held"] == {}

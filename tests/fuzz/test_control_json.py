@@ -64,11 +64,12 @@ OPENS = bodies(
 )
 GROUP = {"group": "g1"}
 COMMANDS: dict[str, dict[str, Any]] = {
-    "gather": GROUP | {"fence": True, "limit": 2, "model": "pump", "stream": "*", "tenant": "*"},
+    "gather": GROUP | {"fence": True, "limit": 2, "staying": [1], "model": "pump", "stream": "*", "tenant": "*"},
     "export": GROUP | {"start": 0, "max_bytes": 100_000, "limit": 2},
     "release": GROUP | {"endpoint": "tcp://127.0.0.1:1", "server_key": None},
     "lift": GROUP,
-    "redirect": {"endpoint": None, "server_key": None},
+    "expect": {"source": None},
+    "redirect": {"endpoint": None, "server_key": None, "drained": "tcp://127.0.0.1:2"},
     "import": GROUP | {"stamps": [], "accept_drift": True, "lasting": False},
     "admit": GROUP,
     "drop": GROUP,

@@ -34,7 +34,11 @@ Exit codes: 0 all streams have moved, 1 not all of them (the sentence says why; 
 @with_keys
 @click.option("--to-server-key", help="Public key of the daemon that takes them, or its .key file.  [--server-key]")
 @click.option("--accept-drift", is_flag=True, help="Go on with other weights, another runtime or device there.")
-@click.option("--cancel", is_flag=True, help="Let a daemon that was drained take new streams again.")
+@click.option(
+    "--cancel",
+    is_flag=True,
+    help="Let a daemon take new streams again: one that was drained, or that a drain to it has not finished.",
+)
 @click.option(
     "--drained",
     callback=checked,
@@ -96,10 +100,17 @@ def drain(
             f"'recurd state held --endpoint {to}' shows them",
             err=True,
         )
+    if report.expected:
+        click.echo(
+            f"recurd: no new stream begins at {to} until a drain from {' and '.join(report.expected)} is finished too; "
+            f"where it never will be: 'recurd drain --cancel --endpoint {to}'",
+            err=True,
+        )
 
 
 def _cancel(source: Remote, drained: str | None, as_json: bool) -> None:
     left = source.ask("redirect", drained=drained)[0]["left"]
+    source.ask("expect")
     cancelled = msgspec.json.encode({"endpoint": source.endpoint, "takes_streams": True, "streams": left}).decode()
     click.echo(cancelled if as_json else f"{source.endpoint} takes new streams again")
 

@@ -167,15 +167,19 @@ def held(
     timeout: float,
     as_json: bool,
 ) -> None:
-    """Show the groups of streams that have arrived with a drain and are closed until they are handed over."""
+    """Show the groups of streams that have arrived with a drain and are closed until they are handed over.
+
+    And the daemons that more are to come from, by drains that are not finished.
+    """
     check_keys(key, server_key)
     if admit is not None and drop is not None:
         raise click.UsageError("--admit or --drop, not both")
     with Remote(endpoint, timeout, read_credentials(key, server_key)) as daemon:
-        groups = daemon.ask("groups")[0]["held"]
+        report, _ = daemon.ask("groups")
+        groups = report["held"]
         id = admit or drop
         if id is None:
-            _show(groups, as_json=as_json)
+            _show(report, as_json=as_json)
         elif id not in groups:
             raise RecurdError(f"{endpoint} holds no group '{id}', but {', '.join(sorted(groups)) or 'none'}")
         else:
@@ -184,15 +188,18 @@ def held(
             click.echo(f"{counted(groups[id]['streams'])} {what} at {endpoint}")
 
 
-def _show(groups: dict[str, dict[str, Any]], *, as_json: bool) -> None:
+def _show(report: dict[str, Any], *, as_json: bool) -> None:
     if as_json:
-        click.echo(msgspec.json.encode(groups).decode())
+        click.echo(msgspec.json.encode(report).decode())
         return
+    groups = report["held"]
     for id, group in sorted(groups.items()):
         example = f", '{group['stream']}' of tenant '{group['tenant']}' among them" if group["streams"] else ""
         click.echo(f"{id}  {counted(group['streams'])}{example}")
     if not groups:
         click.echo("no streams are held")
+    if report["expected"]:
+        click.echo(f"more are to come from {' and '.join(report['expected'])}; until then no new stream begins here")
 
 
 def _packed(parcels: list[Parcel], max_bytes: int) -> Iterator[tuple[int, bytes]]:
