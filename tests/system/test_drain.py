@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ import pytest
 
 import recurd
 from process import Process, eventually
-from recurd.drain import pages
-from recurd.errors import Code, ExitCode, Refused
+from recurd.drain import GROUP_STREAMS, Drain, pages
+from recurd.errors import Code, ExitCode, Refused, Unanswered
 from recurd.keys import new
 from recurd.model import Model
 from recurd.remote import Remote
@@ -337,6 +338,62 @@ def test_who_runs_it_decides_about_streams_that_no_drain_will(daemons: tuple[Pro
     with recurd.connect(there.endpoint) as client:
         assert client.open("kept", model="pump", mode="resume").last_seq == 1
         assert client.open("thrown", model="pump").last_seq == 0
+
+
+def test_who_opens_at_the_new_daemon_what_is_still_at_the_old_one_gets_that_one_when_the_drain_goes_on(
+    daemons: tuple[Process, Process], tmp_path: Path
+) -> None:
+    here, there = daemons
+
+    def cut(done: int, total: int) -> None:
+        if done:
+            raise KeyboardInterrupt
+
+    with recurd.connect(here.endpoint) as one, recurd.connect(here.endpoint) as other:
+        for client in (one, other):  # each of them a group of its own
+            streams = [client.open(f"{client is one}-{number}", model="pump") for number in range(GROUP_STREAMS)]
+            client.push_many({stream: chunk(stream.name, 1) for stream in streams})
+        with (
+            Remote(here.endpoint) as source,
+            Remote(there.endpoint) as target,
+            pytest.raises(KeyboardInterrupt) as interrupt,
+        ):
+            Drain(source, target, progress=cut).run()
+    assert f"{GROUP_STREAMS} streams moved to {there.endpoint}" in interrupt.value.__notes__
+    left = min(streams_of(here.endpoint, tmp_path))
+    shown = run("state", "held", "--endpoint", there.endpoint).stdout
+    assert f"more are to come from {here.endpoint}; until then no new stream begins here" in shown
+
+    with recurd.connect(there.endpoint) as client, ThreadPoolExecutor() as others:
+        opened = others.submit(client.open, left, model="pump")
+        new = others.submit(client.open, "new", model="pump")
+        with pytest.raises(Unanswered, match=f"may be one that is to come from {here.endpoint}"):
+            client.open("another", model="pump", timeout_seconds=1)
+        assert not opened.done()
+        assert not new.done()
+        done = drain(here.endpoint, there.endpoint)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert (opened.result(60).last_seq, new.result(60).last_seq) == (1, 0)
+        output = opened.result().push(chunk(left, 2))
+    whole = PUMP.run(np.concatenate([chunk(left, 1), chunk(left, 2)]))[0]["output"]
+    np.testing.assert_allclose(output, whole[len(chunk(left, 1)) :], rtol=1e-4, atol=1e-5)
+
+
+def test_a_stream_that_was_closed_at_the_new_daemon_begins_at_the_old_one_after_the_drain_back(
+    daemons: tuple[Process, Process],
+) -> None:
+    here, there = daemons
+    with recurd.connect(here.endpoint) as client:
+        closed, kept = (client.open(name, model="pump") for name in ("closed", "kept"))
+        client.push_many({stream: chunk(stream.name, 1) for stream in (closed, kept)})
+        assert drain(here.endpoint, there.endpoint).returncode == 0
+        closed.close()
+        assert client.endpoint == there.endpoint
+        kept.push(chunk("kept", 2))
+        assert drain(there.endpoint, here.endpoint).returncode == 0
+        kept.push(chunk("kept", 3))
+        assert (client.endpoint, kept.last_seq) == (here.endpoint, 3)
+        assert client.open("closed", model="pump").last_seq == 0
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
