@@ -1,7 +1,7 @@
 """A daemon, for whoever runs it: ADMIN messages over a connection of one's own.
 
-Commands are such that asking twice does no harm, so a connection that breaks, or that the daemon has forgotten, is
-greeted again and the command repeated.
+Commands are such that asking twice does no harm, so on a connection that broke and is there again, or that the daemon
+has forgotten, it is greeted again and the command repeated.
 """
 
 import itertools
@@ -21,6 +21,10 @@ from recurd.link import HANDSHAKE_EVENTS, failed_handshake
 _LEAST_PAUSE_SECONDS = 0.01
 
 
+class _ConnectedAnew(Exception):
+    """The connection broke and is there again, perhaps to another start of the daemon: what was sent may be lost."""
+
+
 class Remote:
     """One DEALER socket to a daemon. A context manager; for one thread."""
 
@@ -37,7 +41,8 @@ class Remote:
             self._socket.setsockopt(option, value)
         self._credentials = credentials
         self._was_welcome = False
-        self._monitor = self._socket.get_monitor_socket(HANDSHAKE_EVENTS)
+        self._was_connected = False
+        self._monitor = self._socket.get_monitor_socket(HANDSHAKE_EVENTS | zmq.EVENT_HANDSHAKE_SUCCEEDED)
         try:
             self._socket.connect(endpoint)
             self.welcome = self._greet()
@@ -79,6 +84,8 @@ class Remote:
                 header, payload = self._exchange(record, number, end)
                 text, behind = wire.body_and_data(header, payload)
                 return wire.decode_body(text, dict[str, Any]), behind
+            except _ConnectedAnew:
+                self.welcome = self._greet()
             except Refused as refusal:
                 if refusal.code is Code.HELLO_REQUIRED:
                     self.welcome = self._greet()
@@ -90,14 +97,22 @@ class Remote:
 
     def _greet(self) -> wire.Welcome:
         body = wire.Hello(client=f"recurd/{__version__}")
-        number = next(self._numbers)
-        record = wire.control(wire.Type.HELLO, body, seq=number)
-        _, payload = self._exchange(record, number, time.monotonic() + self._timeout_seconds)
-        self._was_welcome = True
-        return wire.decode_body(payload, wire.Welcome)
+        end = time.monotonic() + self._timeout_seconds
+        while True:
+            number = next(self._numbers)
+            record = wire.control(wire.Type.HELLO, body, seq=number)
+            try:
+                _, payload = self._exchange(record, number, end)
+            except _ConnectedAnew:
+                continue
+            self._was_welcome = True
+            return wire.decode_body(payload, wire.Welcome)
 
     def _exchange(self, record: wire.Record, number: int, end: float) -> tuple[wire.Header, memoryview]:
-        """Send one message and wait for its answer. Raises :class:`Refused` for an ERROR, :class:`Unanswered`."""
+        """Send one message and wait for its answer.
+
+        Raises :class:`Refused` for an ERROR, :class:`Unanswered`, :class:`_ConnectedAnew`.
+        """
         try:
             self._socket.send(wire.frame(record))
         except zmq.Again as error:
@@ -112,13 +127,20 @@ class Remote:
         raise self._unanswered()
 
     def _has_come(self, end: float) -> bool:
-        """Wait until then for a message. Raises :class:`Refused` when the daemon does not let us in."""
+        """Wait until then for a message.
+
+        Raises :class:`Refused` when the daemon does not let us in, :class:`_ConnectedAnew`.
+        """
         while True:
             milliseconds = max(0, int((end - time.monotonic()) * 1000))
             ready = dict(zmq.zmq_poll([(self._socket, zmq.POLLIN), (self._monitor, zmq.POLLIN)], milliseconds))
             if self._monitor not in ready:
                 return bool(ready)
             event = parse_monitor_message(self._monitor.recv_multipart())
+            if event["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                if self._was_connected:
+                    raise _ConnectedAnew
+                self._was_connected = True
             error = failed_handshake(event["event"], event["value"], self.endpoint, self._credentials)
             if error is not None:
                 raise error

@@ -459,6 +459,22 @@ def test_with_keys_it_takes_the_right_and_clients_are_told_the_key_of_the_other_
 # --- with journals, whoever dies ---
 
 
+def test_a_command_that_the_daemon_died_over_is_repeated_when_it_is_there_again(pump: Path, tmp_path: Path) -> None:
+    with (
+        durable(pump, tmp_path / "a").ready() as first,
+        ThreadPoolExecutor() as others,
+        Remote(f"ipc://{tmp_path}/a/socket", timeout_seconds=600) as remote,
+    ):
+        first.process.send_signal(signal.SIGSTOP)
+        answer = others.submit(remote.ask, "groups")
+        with pytest.raises(TimeoutError):
+            answer.result(0.2)  # it is in the socket, and is not read
+        first.process.kill()
+        first.process.wait()
+        with durable(pump, tmp_path / "a"):
+            assert answer.result(60)[0]["held"] == {}
+
+
 def durable(pump: Path, folder: Path) -> Process:
     folder.mkdir(exist_ok=True)
     flags = ("--bind", f"ipc://{folder}/socket", "--metrics", "", "--journal", str(folder / "journal"))
