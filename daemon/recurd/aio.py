@@ -135,8 +135,12 @@ class Client(Connection):
         deadline = self._deadline(timeout_seconds)
         futures = await self.submit_many(chunks, timeout_seconds=timeout_seconds, expires_seconds=expires_seconds)
         done = asyncio.gather(*futures.values(), return_exceptions=True)
-        place = "the chunks keep their places and must not be sent again"
-        late = partial(self._no_answer, f"a push to {len(futures)} streams", self._seconds(timeout_seconds), place)
+
+        def late() -> Unanswered:
+            # Those that had no answer by then are cancelled, the first of them stands for all.
+            stream = min(futures, key=lambda stream: not futures[stream].cancelled())
+            return stream._late(self._seconds(timeout_seconds), "each chunk")()
+
         await _answer(done, deadline, late)
         return {stream: future.result() for stream, future in futures.items()}
 

@@ -200,7 +200,7 @@ class Client(Connection):
         deadline = self._deadline(timeout_seconds)
         futures = self.submit_many(chunks, timeout_seconds=timeout_seconds, expires_seconds=expires_seconds)
         for stream, future in futures.items():
-            _wait(future, deadline, stream._late(deadline.seconds))
+            _wait(future, deadline, stream._late(deadline.seconds, "each chunk"))
         return {stream: future.result() for stream, future in futures.items()}
 
     def submit_many(

@@ -145,14 +145,15 @@ class Fleet:
                 raise RecurdError(f"an answer of type {one['type']} came to a chunk")
             body = wire.decode_body(payload[ends[place] - one["size"] : ends[place]], wire.Error)
             if not one["handle"]:
-                raise RecurdError(f"the daemon refused a frame: {body.code}: {body.text}")
+                raise RecurdError(f"the daemon said: {body.code}: {body.text}")
             self._on_error(int(self._indices(fields[place : place + 1])[0]), int(one["code"]), body, now)
         results: Array = fields[fields["type"] == wire.Type.RESULT]
         return results
 
     def _on_error(self, index: int, code: int, body: wire.Error, now: float) -> None:
         self.errors[body.code] += 1
-        if code in PASSING or (code == Code.GAP and self._refused[index]):
+        is_passing = code in PASSING or body.retry_after_seconds is not None
+        if is_passing or (code == Code.GAP and self._refused[index]):
             self._refused[index] += 1
             self._retry_at[index] = max(now + (body.retry_after_seconds or 0.0), self._retry_at.get(index, 0.0))
         else:

@@ -15,7 +15,7 @@ from zmq.utils.monitor import parse_monitor_message
 from recurd import __version__, wire
 from recurd.errors import Code, Refused, Unanswered
 from recurd.keys import Credentials
-from recurd.link import HANDSHAKE_EVENTS, failed_handshake
+from recurd.link import HANDSHAKE_EVENTS, failed_handshake, no_permission
 
 #: How long to wait before asking again what was answered with ``busy``.
 _LEAST_PAUSE_SECONDS = 0.01
@@ -150,7 +150,7 @@ class Remote:
         if not self._was_welcome:
             # Whoever of the two reads the other's greeting first hangs up; where that is the daemon we can only guess.
             keys = "does it want keys (--key, --server-key)" if self._credentials is None else "does it take these keys"
-            text += f"; is a daemon there, and {keys}?"
+            text += f"; {no_permission(self.endpoint) or f'is a daemon there, and {keys}?'}"
         return Unanswered(text)
 
 

@@ -161,7 +161,7 @@ class Writer:
         if now < self._kept_until:
             self._wait(error, now, KEPT_SECONDS)
         else:
-            text = f"{error.text}, and its client has streams that are here; use another client for it"
+            text = f"{error.text}, and its client has streams that are not; use another client for it"
             self.end(Refused(Code.MOVED, text, endpoint=error.endpoint, server_key=error.server_key, group=error.group))
 
     def goes_to(self, endpoint: str | None) -> bool:
@@ -471,6 +471,7 @@ class Writer:
         """``error`` is for what is asked of the stream from now on, ``told`` for those who asked to close it."""
         self._answers.extend(Answer(token, None, told) for token in self._close_tokens)
         self._close_tokens.clear()
+        self.trouble = ""
         self.phase = Phase.ENDED
         self.error = error
 

@@ -201,7 +201,7 @@ async def test_a_call_in_vain_says_that_there_is_no_connection_and_that_its_chun
             await stream.push([1], timeout_seconds=0.5)
         with pytest.raises(recurd.Unanswered, match="the reset keeps its place .*" + gone):
             await stream.reset(timeout_seconds=0.01)
-        with pytest.raises(recurd.Unanswered, match="the chunks keep their places .*" + gone):
+        with pytest.raises(recurd.Unanswered, match="each chunk keeps its place .*" + gone):
             await client.push_many({stream: [1]}, timeout_seconds=0.01)
         with pytest.raises(recurd.Unanswered, match="closing stream 'in vain' was not answered within .*" + gone):
             await stream.close(timeout_seconds=0.01)

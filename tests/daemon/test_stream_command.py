@@ -1,5 +1,6 @@
 """``recurd stream`` as a process, as a user runs it, and its readers and writers of rows by themselves."""
 
+import asyncio
 import os
 import pty
 import select
@@ -204,10 +205,19 @@ def test_a_stream_that_is_held_to_a_rate_is_waited_for_as_long_as_it_goes_on(
             pytest.raises(recurd.Unanswered, match="the daemon said last: limit: tenant 'local' has had its chunks"),
         ):
             client.open("another").push([1])
+        with pytest.raises(
+            recurd.Unanswered, match=r"'many' was not answered within 0\.5 s; .* last: limit: tenant 'local'"
+        ):
+            asyncio.run(push_many(stuck.endpoint))
     finally:
         stuck.stop()
     assert given_up.returncode == 69
     assert "were not answered within 1 s; the daemon said last: limit: tenant 'local' has had" in given_up.stderr
+
+
+async def push_many(endpoint: str) -> None:
+    async with recurd.aio.connect(endpoint, timeout_seconds=0.5) as client:
+        await client.push_many({await client.open("many"): [1]})
 
 
 @pytest.mark.parametrize(

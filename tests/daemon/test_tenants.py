@@ -393,6 +393,21 @@ def test_a_key_that_is_taken_away_is_cut_at_once_and_others_stay(open_desk: Open
     assert (desk.stats.peers, desk.stats.streams) == (1, {"attached": 2, "detached": 0})
 
 
+def test_a_key_that_is_given_to_another_tenant_is_cut_and_told_so(open_desk: OpenDesk) -> None:
+    desk = open_desk(users=KEYS)
+    caller = desk.connect(tenant="key-a")
+    caller.handle("s")
+
+    desk.tenants.change({}, KEYS | {"key-a": "other"})
+    desk.engine.rights_changed()
+
+    (told,) = caller.take()
+    assert (told.code, told.header.handle, "another tenant's now" in told.body["text"]) == ("forbidden", 0, True)
+    again = desk.connect("again", tenant="key-a")
+    assert again.open("s").body["fresh"]  # its own
+    assert desk.stats.streams == {"attached": 1, "detached": 1}
+
+
 def test_rights_that_are_taken_away_hold_for_streams_that_are_open(open_desk: OpenDesk) -> None:
     desk = open_desk(users=KEYS)
     caller = desk.connect(tenant="key-a")
