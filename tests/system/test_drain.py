@@ -481,6 +481,13 @@ def durable(pump: Path, folder: Path) -> Process:
     return Process(folder, pump, *flags)
 
 
+def test_streams_that_are_durable_no_more_are_told_of(pump: Path, tmp_path: Path) -> None:
+    with durable(pump, tmp_path / "a").ready(), serve(pump, tmp_path / "b").ready() as there:
+        ends = f"ipc://{tmp_path}/a/socket", there.endpoint
+        said = [drain(*way).stderr for way in (ends, ends[::-1])]
+    assert said == [f"recurd: {there.endpoint} keeps no journal: streams do not survive its end there\n", ""]
+
+
 @pytest.mark.parametrize("victim", ["here", "there", "both"])
 def test_a_daemon_with_a_journal_that_is_killed_in_the_middle_costs_nothing(
     pump: Path, tmp_path: Path, victim: str

@@ -79,6 +79,8 @@ def drain(
         theirs = read_credentials(key, to_server_key or server_key)
         try:
             with Remote(to, timeout, theirs) as target, bar("moving streams") as progress:
+                if source.welcome.durability != "off" and target.welcome.durability == "off":
+                    click.echo(f"recurd: {to} keeps no journal: streams do not survive its end there", err=True)
                 report = Drain(
                     source,
                     target,
