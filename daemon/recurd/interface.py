@@ -184,9 +184,9 @@ class Connection:
         return None if math.isinf(seconds) else seconds
 
     def _no_daemon(self) -> Unanswered:
-        who = "the daemon did not let us in" if self._session.is_refused else "no daemon answered"
+        who = "no daemon answered" if self._session.refusal is None else "the daemon did not let us in"
         text = f"{who} at {self.endpoint} within {self._timeout_seconds:g} s"
-        return Unanswered(text + "; " + (self._session.trouble or "start one with 'recurd serve'"))
+        return Unanswered(text + "; " + (self._kept_out or "start one with 'recurd serve'"))
 
     def _no_answer(self, what: str, seconds: float | None, *notes: str, writer: Writer | None = None) -> Unanswered:
         """The error of a call that has waited long enough, made at that moment; ``writer``: of its stream."""
@@ -196,9 +196,19 @@ class Connection:
     def _trouble(self, writer: Writer | None) -> str:
         """What holds up a stream, as far as one knows; may be empty."""
         if self.is_connected:
-            return f"the daemon said last: {writer.trouble}" if writer is not None and writer.trouble else ""
-        trouble = self._session.trouble and f" ({self._session.trouble})"
-        return f"there is no connection to {self.endpoint} at present{trouble}"
+            return _said(writer.trouble) if writer is not None and writer.trouble else ""
+        reason = self._kept_out and f" ({self._kept_out})"
+        return f"there is no connection to {self.endpoint} at present{reason}"
+
+    @property
+    def _kept_out(self) -> str:
+        """Why there is no connection, as far as one knows; may be empty."""
+        refusal = self._session.refusal
+        return self._session.trouble if refusal is None else _said(str(refusal))
+
+
+def _said(refusal: str) -> str:
+    return f"the daemon said last: {refusal}"
 
 
 def check_endpoint(endpoint: str) -> None:

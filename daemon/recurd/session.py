@@ -78,8 +78,8 @@ class Session:
         self.error: RecurdError | None = None
         #: What is the matter with connections that never come to be; empty once one has.
         self.trouble = ""
-        #: Whether a daemon has answered the last HELLO, and did not let us in yet.
-        self.is_refused = False
+        #: What a daemon has answered the last HELLO with, that did not let us in yet.
+        self.refusal: Refused | None = None
         self._answers: list[Answer] = []
         self._writers: dict[str, Writer] = {}
         self._signatures: dict[str, Signature] = {}
@@ -351,7 +351,7 @@ class Session:
             return
         self._signatures = {}
         self.welcome = welcome
-        self.trouble, self.is_refused = "", False
+        self.trouble, self.refusal = "", None
         self._state = _State.READY
         self._look_at = now
         self._ready = dict.fromkeys(self._writers.values())
@@ -447,8 +447,7 @@ class Session:
 
     def _hello_refused(self, error: Refused | Broken, now: float) -> None:
         if isinstance(error, Refused) and error.code in _HELLO_AGAIN:
-            self.trouble = f"the daemon said last: {error}"
-            self.is_refused = True
+            self.refusal = error
             self.disconnected(now)
             self._connect_at = max(self._connect_at, now + (error.retry_after_seconds or 0))
         else:
