@@ -167,10 +167,9 @@ class Drain:
                 self._source.ask("lift", group=id)
                 self._target.ask("drop", group=id)
                 return True
-        if not self._is_expected:
-            # From now on some are here and some are there: who asks there for one that is here must not begin it anew.
-            self._target.ask("expect", source=self._source.endpoint)
-            self._is_expected = True
+        # From now on some are here and some are there: who asks there for one that is here must not begin it anew.
+        self._target.ask("expect", source=self._source.endpoint)
+        self._is_expected = True
         released, _ = self._source.ask("release", group=id, **self._redirect)
         if released["fate"] != "released":
             raise DrainError(
