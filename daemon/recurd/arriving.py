@@ -107,7 +107,7 @@ class Arriving:
             _check_parcel(parcel, self._lanes[saved.model], is_run=wanted.lasting)
             self._lifecycle.check_name(saved.name)
             self._lifecycle.check_owner(saved.tenant, saved.name, saved.model)
-            if conflict := self._conflict(parcel):
+            if conflict := self._conflict(parcel, is_handed_over=wanted.lasting):
                 conflicts[parcel.handle] = conflict
             handles.add(parcel.handle)
             names.add((saved.tenant, saved.name))
@@ -124,15 +124,25 @@ class Arriving:
             text = first + (f" (and so for {len(others)} more)" if others else "")
             raise Refused(Code.EXISTS, text, handles=list(conflicts))
 
-    def _conflict(self, parcel: Parcel) -> str:
-        """What keeps a stream that comes from being one that is here, or from having its place; empty: nothing."""
+    def _conflict(self, parcel: Parcel, *, is_handed_over: bool) -> str:
+        """What keeps a stream that comes from being one that is here, or from having its place; empty: nothing.
+
+        ``is_handed_over``: by the daemon that it was at, and is not a copy that may be there still.
+        """
         saved = parcel.stream
         stream = self._streams.named(saved.tenant, saved.name)
         other = self._streams.by_handle(parcel.handle)
-        if stream is None and other is None and not self._streams.is_reserved(saved.tenant, saved.name):
-            return ""
+        if self._streams.is_reserved(saved.tenant, saved.name):
+            return f"a clone that is still to be made has the name of stream '{saved.name}' of tenant '{saved.tenant}'"
+        if stream is None and other is not None:
+            return f"there is a stream '{other.name}' in the place of stream '{saved.name}' of tenant '{saved.tenant}'"
+        if stream is None:
+            is_ended = self._streams.ending(saved.tenant, saved.name) is not None
+            if is_handed_over or is_ended or not self._fences.expected:
+                return ""
+            return f"stream '{saved.name}' of tenant '{saved.tenant}' may be one that is to come from another daemon"
         what = _is_there(saved)
-        if stream is not other or stream is None or stream.lane.name != saved.model:
+        if stream is not other or stream.lane.name != saved.model:
             return f"{what}, another one"
         is_held = stream.fence is not None and stream.fence.is_held
         leaves = stream.fence is not None and not is_held

@@ -66,7 +66,11 @@ class Drain:
         """``server_key``: the target's public key, for clients that it authenticates itself to."""
         self._source = source
         self._target = target
-        self._redirect: dict[str, Any] = {"endpoint": target.endpoint, "server_key": server_key}
+        self._redirect: dict[str, Any] = {
+            "endpoint": target.endpoint,
+            "server_key": server_key,
+            "origin": target.welcome.origin,
+        }
         self._accept_drift = accept_drift
         self._timeout_seconds = timeout_seconds
         self._progress = progress or _ignore
@@ -90,15 +94,16 @@ class Drain:
         begin = self._advanced_at = time.monotonic()
         try:
             self._settle_former()
-            self._target.ask("redirect")  # where it was drained itself before: it takes streams again
             while not self._is_empty():
                 if not self._move(secrets.token_hex(8)):
-                    raise self._some_stay()
+                    raise DrainError(f"{counted(len(self._staying))} cannot move to {self._target.endpoint}")
             # Nothing is to come any more, and what had moved from there to here and has ended since may begin anew.
-            self._target.ask("redirect", drained=self._source.endpoint)
+            self._target.ask("drained", endpoint=self._source.endpoint, origin=self._source.welcome.origin)
             there, _ = self._target.ask("groups")
         except BaseException as error:
             error.add_note(f"{counted(self._moved + self._settled)} moved to {self._target.endpoint}")
+            if self._staying:
+                error.add_note(self._why_some_stay())
             if self._is_expected:
                 error.add_note(
                     f"no stream begins there that it does not know, until this drain is finished "
@@ -110,7 +115,7 @@ class Drain:
             groups=self._groups,
             settled=self._settled,
             undecided=self._undecided(there["held"]),
-            expected=there["expected"],
+            expected=list(there["expected"].values()),
             seconds=round(time.monotonic() - begin, 3),
             longest_pause_seconds=round(self._longest, 4),
         )
@@ -124,7 +129,7 @@ class Drain:
     def _settle_former(self) -> None:
         """Decide about what a drain before has left there undecided, as the source says."""
         there, _ = self._target.ask("groups")
-        self._is_expected = self._source.endpoint in there["expected"]
+        self._is_expected = self._source.welcome.origin in there["expected"]
         for id in there["held"]:
             fate = self._source.ask("fate", group=id)[0]["fate"]
             if fate == "released":
@@ -156,7 +161,7 @@ class Drain:
         report, _ = self._source.ask("gather", group=id, fence=True, limit=GROUP_STREAMS, staying=list(self._staying))
         self._leaving = report["streams"]
         if not self._leaving:
-            if self._staying:
+            if self._staying and report["left"] == report["staying"]:
                 return False
             self._wait_for_others(report["left"])
             return True
@@ -168,8 +173,8 @@ class Drain:
                 self._target.ask("drop", group=id)
                 return True
         # From now on some are here and some are there: who asks there for one that is here must not begin it anew.
-        self._target.ask("expect", source=self._source.endpoint)
         self._is_expected = True
+        self._target.ask("expect", source=self._source.endpoint, origin=self._source.welcome.origin)
         released, _ = self._source.ask("release", group=id, **self._redirect)
         if released["fate"] != "released":
             raise DrainError(
@@ -203,22 +208,22 @@ class Drain:
         return True
 
     def _stay(self, refusal: Refused, data: bytes | memoryview) -> bool:
-        """Leave streams where they are, with all streams of their connections; whether the refusal is about some."""
+        """Leave streams where they are, with all streams of their connections; whether that has not been tried yet."""
         self._conflict = self._conflict or refusal.text
+        known = len(self._staying)
         parcels = msgspec.msgpack.decode(data, type=list[Parcel])
-        staying = {parcel.handle: parcel.stream.name for parcel in parcels if parcel.handle in (refusal.handles or ())}
-        self._staying |= staying
-        return bool(staying)
+        handles = frozenset(refusal.handles or ())
+        self._staying |= {parcel.handle: parcel.stream.name for parcel in parcels if parcel.handle in handles}
+        return len(self._staying) > known
 
-    def _some_stay(self) -> DrainError:
+    def _why_some_stay(self) -> str:
         names = ", ".join(f"'{name}'" for name in list(self._staying.values())[:_MAX_NAMES])
         more = f" and {len(self._staying) - _MAX_NAMES:,} more" if len(self._staying) > _MAX_NAMES else ""
-        error = DrainError(f"{self._target.endpoint} has other streams in the place of {names}{more}: {self._conflict}")
-        error.add_note(
-            f"they stay at {self._source.endpoint} with all streams of their clients; close each at one of the two "
+        return (
+            f"there are other streams in the place of {names}{more} ({self._conflict}): they stay at "
+            f"{self._source.endpoint}, with all streams of connections that have one; close each at one of the two "
             f"daemons, and drain again"
         )
-        return error
 
     def _wait_for_others(self, left: int) -> None:
         """All streams that are left are on their way already."""

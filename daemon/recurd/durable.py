@@ -50,10 +50,12 @@ class Durable:
         self._journal = Journal(Path(durability.directory), durability.mode)
         try:
             self._take_up(models, accept_drift=durability.accept_drift)
+            self._origin = self._journal.origin(engine.epoch)
         except BaseException:
             self._journal.close()
             raise
         engine.keep_in(self._journal)
+        engine.go_on_from(self._origin)
         self._held: list[tuple[bytes, bytes]] = []
         self._retry_at = 0.0
 
@@ -102,7 +104,7 @@ class Durable:
         sources = self._journal.expected()
         if sources:
             self._engine.expect(sources)
-            self._log.warning("streams_expected", sources=sources, reason="before the start; see drain")
+            self._log.warning("streams_expected", sources=list(sources.values()), reason="before the start; see drain")
         count = 0
         for handle, saved, answers in self._journal.load():
             version = self._versions[saved.model, saved.version]

@@ -17,6 +17,12 @@ class Redirect(NamedTuple):
     server_key: str | None = None
     #: The group they left with.
     group: str | None = None
+    #: The origin (see :class:`recurd.wire.Welcome`) of the daemon there.
+    origin: str | None = None
+
+    def goes_to(self, endpoint: str, origin: str | None) -> bool:
+        """Whether it is to the daemon of that endpoint or origin."""
+        return self.endpoint == endpoint or (origin is not None and self.origin == origin)
 
     def error(self, name: str) -> Refused:
         """What somebody is told who asks for one of them."""
@@ -90,10 +96,15 @@ class Endings:
             forgotten.append(handle)
         return forgotten
 
-    def forget_moved(self, endpoint: str) -> list[int]:
-        """Forget those that went to this endpoint: their handles (a scan of all that have moved)."""
+    def forget_moved(self, endpoint: str, origin: str | None) -> list[int]:
+        """Forget those that went to the daemon of that endpoint or origin: their handles.
+
+        A scan of all that have moved.
+        """
         gone = [
-            (h, one) for h, one in self._moved.all() if one.redirect is not None and one.redirect.endpoint == endpoint
+            (handle, ended)
+            for handle, ended in self._moved.all()
+            if ended.redirect is not None and ended.redirect.goes_to(endpoint, origin)
         ]
         for handle, ended in gone:
             self._moved.drop(ended.tenant, handle)

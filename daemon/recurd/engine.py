@@ -120,6 +120,7 @@ class Engine:
             outbox=self._outbox,
             unsaved=self._unsaved,
             lifecycle=self._lifecycle,
+            stats=stats,
             log=log,
         )
         #: ADMIN commands; its ``requests`` are the caller's to carry out and to answer.
@@ -498,6 +499,15 @@ class Engine:
         """Tell where durable streams stand: states that were saved need not be kept in memory."""
         self._versions.keep_in(store)
 
+    @property
+    def epoch(self) -> str:
+        """New at every start."""
+        return self._lifecycle.epoch
+
+    def go_on_from(self, origin: str) -> None:
+        """Be the daemon that has begun the journal, at a start of that epoch."""
+        self._lifecycle.go_on_from(origin)
+
     def restore(
         self, handle: int, saved: SavedStream, answers: list[SavedAnswer], now: float, version: str = ""
     ) -> None:
@@ -515,9 +525,9 @@ class Engine:
         """Take no stream, as a daemon that was drained and started again: out of the journal."""
         self._fences.redirect = redirect
 
-    def expect(self, sources: list[str]) -> None:
+    def expect(self, sources: dict[str, str]) -> None:
         """Begin no stream that may be one of these daemons', as before the start: out of the journal."""
-        self._fences.expected = sources
+        self._moving.expect(sources)
 
     def to_save(self) -> Saving | None:
         """What changed since the last :meth:`saved`; nothing that was put out may be sent before it is saved."""

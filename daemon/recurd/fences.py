@@ -84,9 +84,9 @@ class Fences:
         self._fates: OrderedDict[str, str] = OrderedDict()
         #: Where every stream is that is not known here; ``None`` as long as this daemon takes new ones.
         self.redirect: Redirect | None = None
-        #: Endpoints of daemons that some streams have come from, and more are to come: what is not known here may be
-        #: there still. In the order in which they were named.
-        self.expected: list[str] = []
+        #: Daemons that some streams have come from, and more are to come, by origin, with the endpoint that they were
+        #: named by: what is not known here may be there still.
+        self.expected: dict[str, str] = {}
 
     def get(self, id: str, now: float) -> Group | None:
         """A group, whose operator has just been heard of."""
@@ -154,19 +154,17 @@ class Fences:
         stream.fence = None
         return True
 
-    def check_new(self, name: str, peer: Peer) -> None:
-        """Raises :class:`Refused` (``busy``, ``moved``) where no stream may begin on a connection."""
+    def check_new(self, name: str, peer: Peer, *, is_known: bool) -> None:
+        """Raises :class:`Refused` (``busy``, ``moved``) where no stream may begin on a connection.
+
+        ``is_known``: that one of this name has ended here, so it cannot be elsewhere.
+        """
         if peer.fence is not None:
             raise peer.fence.refusal(name)
         if self.redirect is not None:
             raise self.redirect.error(name)
-        self.check_expected(name)
-
-    def check_expected(self, name: str) -> None:
-        """Raises :class:`Refused` (``busy``) where a stream that is not here may be one that is on its way."""
-        if self.expected:
+        if self.expected and not is_known:
             text = (
-                f"stream '{name}' may be one that is to come from {' or '.join(self.expected)}: "
-                f"a drain to this daemon is not finished"
+                f"stream '{name}' may be one that is to come from another daemon: a drain to this one is not finished"
             )
             raise Refused(Code.BUSY, text, retry_after_seconds=_EXPECTED_RETRY_SECONDS)

@@ -56,6 +56,7 @@ _FORMAT_KEY = b"format"
 _COMMITS_KEY = b"commits"
 _REDIRECT_KEY = b"redirect"
 _EXPECTED_KEY = b"expected"
+_ORIGIN_KEY = b"origin"
 _STAMP_PREFIX = b"model:"
 #: The store grows by doubling from here; it is sparse, and address space costs nothing.
 _FIRST_MAP_BYTES = 1 << 28
@@ -271,13 +272,26 @@ class Journal:
             redirect = _unpack(_REDIRECT_KEY, value, "where streams are sent to")
             return msgspec.msgpack.decode(redirect, type=Redirect | None)
 
-    def expected(self) -> list[str]:
-        """Endpoints of daemons that streams are to come from. Raises :class:`JournalError`."""
+    def origin(self, epoch: str) -> str:
+        """The epoch of the start at which the journal was begun: the one given, where it is new.
+
+        Raises :class:`JournalError`.
+        """
+        with self._write() as transaction:
+            value = transaction.get(_ORIGIN_KEY, db=self._meta)
+            if value is not None:
+                return _unpack(_ORIGIN_KEY, value, "who began it").decode()
+            transaction.put(*_entry(_ORIGIN_KEY, epoch.encode()), db=self._meta)
+        return epoch
+
+    def expected(self) -> dict[str, str]:
+        """Daemons that streams are to come from: endpoints by origin. Raises :class:`JournalError`."""
         with self._read() as transaction:
             value = transaction.get(_EXPECTED_KEY, db=self._meta)
             if value is None:
-                return []
-            return msgspec.msgpack.decode(_unpack(_EXPECTED_KEY, value, "who streams are to come from"), type=list[str])
+                return {}
+            sources = _unpack(_EXPECTED_KEY, value, "who streams are to come from")
+            return msgspec.msgpack.decode(sources, type=dict[str, str])
 
     def states(self, handles: list[int]) -> list[bytes]:
         """The states of streams as they were saved last, none of them at a fresh start.
@@ -387,7 +401,7 @@ class _Changes:
         self.ended: list[bytes] = []
         self.endings_gone: list[bytes] = []
         self.redirects: list[Redirect | None] = []
-        self.expected: list[str] | None = None
+        self.expected: dict[str, str] | None = None
 
     def add(self, stream: Stream, state: bytes | None) -> None:
         """A stream as it stands; ``state`` is ``None`` for one that is fresh."""

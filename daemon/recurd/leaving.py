@@ -53,6 +53,7 @@ class _Release(msgspec.Struct, frozen=True):
     group: GroupId
     endpoint: Endpoint
     server_key: Key | None = None
+    origin: Key | None = None
 
 
 class Leaving:
@@ -91,6 +92,9 @@ class Leaving:
         return {
             "streams": len(group.streams),
             "left": len(self._streams),
+            "staying": 0
+            if group.streams or not wanted.fence
+            else sum(stream.fence is None for stream in self._streams.all()),
             "former": sum(stream.lane.is_former for stream in group.streams),
             "stamps": [ModelStamp(lane.name, lane.stamp) for lane in {stream.lane: None for stream in group.streams}],
         }, b""
@@ -181,7 +185,7 @@ class Leaving:
             return {"fate": self._fences.fate(wanted.group)}, b""
         if group.is_held or not all(_is_settled(stream) for stream in group.members()):
             raise Refused(Code.BAD_REQUEST, f"group '{wanted.group}' has not been exported")
-        group.redirect = Redirect(wanted.endpoint, wanted.server_key, group.id)
+        group.redirect = Redirect(wanted.endpoint, wanted.server_key, group.id, wanted.origin)
         released = list(group.members())
         for stream in released:
             peer, handle, generation = stream.peer, stream.handle, stream.generation

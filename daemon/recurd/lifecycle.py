@@ -40,6 +40,8 @@ class Identity:
     device: dict[str, Any]
     #: Models whose results were found not to depend, in any bit, on who shares a tick and how a stream is cut.
     bit_exact: tuple[str, ...] = ()
+    #: The epoch of the start at which the journal was begun; empty: this one.
+    origin: str = ""
 
 
 class Lifecycle:
@@ -138,6 +140,15 @@ class Lifecycle:
         peer.multi = hello.multi
         self._outbox.send_control(peer, wire.control(wire.Type.WELCOME, self._welcome(peer.rights), seq=header.seq))
 
+    @property
+    def epoch(self) -> str:
+        """The present start, as WELCOME tells it."""
+        return self._identity.epoch.hex()
+
+    def go_on_from(self, origin: str) -> None:
+        """Go on with what a start of that epoch has begun."""
+        self._identity = replace(self._identity, origin=origin)
+
     def announce(self, model: str, bit_exact: bool) -> None:
         """Another file of a model is served, or none any more: tell everybody unasked, by a WELCOME of number 0."""
         others = tuple(name for name in self._identity.bit_exact if name != model)
@@ -152,7 +163,8 @@ class Lifecycle:
         limits = self._limits
         return wire.Welcome(
             server=f"recurd {recurd.__version__}",
-            epoch=self._identity.epoch.hex(),
+            epoch=self.epoch,
+            origin=self._identity.origin or self.epoch,
             tenant=rights.name,
             versions=(wire.VERSION,),
             credit=limits.stream_credit,
@@ -279,7 +291,7 @@ class Lifecycle:
         ending = self._streams.ending(peer.tenant, name)
         if ending is not None and ending.redirect is not None:
             raise ending.redirect.error(name)
-        self._fences.check_new(name, peer)
+        self._fences.check_new(name, peer, is_known=ending is not None)
 
     def _models(self, rights: Tenant) -> list[str]:
         """Those a tenant may use; it is not told of others."""
@@ -381,7 +393,8 @@ class Lifecycle:
         if ending is not None and ending.redirect is not None:
             # Told that it has moved, the client would take its own stream for moved and follow.
             raise Refused(Code.EXISTS, f"there is a stream '{name}' already, at {ending.redirect.endpoint}")
-        self._fences.check_expected(name)
+        if ending is None and self._fences.expected:  # not to be waited for: what comes behind it is not held up
+            raise Refused(Code.EXISTS, f"stream '{name}' may be one that is to come from another daemon, by a drain")
         self.check_room(source.lane, peer.tenant)
 
     def reserve(self, source: Stream, name: str) -> None:

@@ -148,6 +148,8 @@ class Collector(PrometheusCollector):
         states = {"device": stats.state_bytes, "host": sum(model.host_bytes for model in list(stats.models.values()))}
         yield _gauge("recurd_state_bytes", "Memory for the streams' states.", "where", states)
         yield GaugeMetricFamily("recurd_peers", "Connections that said HELLO.", value=stats.peers)
+        text = "Drains to this daemon that were cut off or go on; no stream begins meanwhile that is not known."
+        yield GaugeMetricFamily("recurd_drains_unfinished", text, value=stats.drains_unfinished)
         text = "One commit to the journal, of all that a round of the loop changed."
         commits = stats.commit_seconds
         yield HistogramMetricFamily("recurd_commit_seconds", text, _buckets(commits), commits.sum)

@@ -11,7 +11,8 @@ and hands them over there, group by group (:mod:`recurd.fences` has the stages):
     admit    they are this daemon's from now on
     drop     they are not
     expect   more streams are to come from there: begin none here that is not known, it may be one of them
-    redirect no stream is left here, send everybody on who asks for one; or none is left there, send nobody there
+    redirect no stream is left here: send everybody on who asks for one
+    drained  no stream is left there: none is to come from there any more, and nobody is sent there
     groups   which have arrived and are not decided about, with the number of their streams and one of these
     fate     what became of a group
 
@@ -25,11 +26,13 @@ import msgspec
 from recurd.admin import Command, Request
 from recurd.arriving import Arriving
 from recurd.endings import Redirect
+from recurd.errors import Code, Refused
 from recurd.fences import Fences, OfGroup
 from recurd.leaving import Endpoint, Key, Leaving
 from recurd.lifecycle import Lifecycle
 from recurd.peers import Outbox, Peers
 from recurd.saving import Unsaved
+from recurd.stats import Stats
 from recurd.streams import Streams
 from recurd.versions import Versions
 
@@ -40,14 +43,20 @@ if TYPE_CHECKING:
 class _Expect(msgspec.Struct, frozen=True):
     #: ``None``: nothing is expected from anywhere.
     source: Endpoint | None = None
+    origin: Key = ""
 
 
 class _Redirect(msgspec.Struct, frozen=True):
     #: ``None``: take streams again.
     endpoint: Endpoint | None = None
     server_key: Key | None = None
-    #: A daemon that has no stream left: nothing is expected from there, and what has moved there is not there any more.
-    drained: Endpoint | None = None
+    origin: Key | None = None
+
+
+class _Drained(msgspec.Struct, frozen=True):
+    endpoint: Endpoint
+    #: ``None`` where only its address is known.
+    origin: Key | None = None
 
 
 class Moving:
@@ -63,11 +72,13 @@ class Moving:
         outbox: Outbox,
         unsaved: Unsaved,
         lifecycle: Lifecycle,
+        stats: Stats,
         log: "FilteringBoundLogger",
     ) -> None:
         self._streams = streams
         self._fences = fences
         self._unsaved = unsaved
+        self._stats = stats
         self._log = log
         self._leaving = Leaving(
             streams=streams,
@@ -100,51 +111,84 @@ class Moving:
             "drop": self._arriving.drop,
             "expect": self._expect,
             "redirect": self._redirect,
+            "drained": self._drained,
             "groups": self._groups,
             "fate": self._fate,
         }
 
     def _expect(self, request: Request, now: float) -> tuple[Any, bytes]:
-        """Streams of another daemon are to come: begin none here that is not known. Or none are, from anywhere."""
-        source = request.read(_Expect).source
-        expected = self._fences.expected
-        if source is None:
-            self._await([])
-        elif source not in expected:
-            self._await([*expected, source])
+        """Streams of another daemon are to come: take them, and begin none here that is not known. Or none are."""
+        wanted = request.read(_Expect)
+        if wanted.source is None:
+            self._await({})
+        else:
+            self._await(self._fences.expected | {wanted.origin: wanted.source})
+            self._send_on(None)
         return {"expected": self._fences.expected}, b""
 
+    def _await(self, sources: dict[str, str]) -> None:
+        if sources != self._fences.expected:
+            self.expect(sources)
+            self._unsaved.expect(sources)
+            self._log.info("streams_expected", sources=list(sources.values()))
+
+    def expect(self, sources: dict[str, str]) -> None:
+        """Begin no stream that is not known while streams of these daemons, endpoints by origin, are to come."""
+        self._fences.expected = sources
+        self._stats.drains_unfinished = len(sources)
+
     def _redirect(self, request: Request, now: float) -> tuple[Any, bytes]:
-        """No stream is left here, or elsewhere: send everybody on who asks for one, or nobody any more."""
+        """No stream is left here: send everybody on who asks for one. Or nobody any more."""
         wanted = request.read(_Redirect)
         left = len(self._streams)
-        redirect = None if wanted.endpoint is None else Redirect(wanted.endpoint, wanted.server_key)
-        if redirect != self._fences.redirect and (redirect is None or not left):
+        if wanted.endpoint is None:
+            self._send_on(None)
+            return {"left": left}, b""
+        others = [source for origin, source in self._fences.expected.items() if origin != wanted.origin]
+        if others:
+            raise Refused(
+                Code.BAD_REQUEST,
+                f"a drain from {' and '.join(others)} to this daemon is not finished: finish it first, or say that it "
+                f"never will be ('recurd drain --cancel')",
+            )
+        if not left:
+            self._await({})  # what was to come is asked for there from now on
+            self._send_on(Redirect(wanted.endpoint, wanted.server_key, origin=wanted.origin))
+        return {"left": left}, b""
+
+    def _send_on(self, redirect: Redirect | None) -> None:
+        if redirect != self._fences.redirect:
             self._fences.redirect = redirect
             self._unsaved.redirect(redirect)
             if redirect is not None:
                 self._log.info("drained", endpoint=redirect.endpoint)
-                self._await([])  # whatever was to come here is asked for there
-        if wanted.drained is not None:
-            self._unsaved.forget(self._streams.forget_moved(wanted.drained))
-            self._await([source for source in self._fences.expected if source != wanted.drained])
-        return {"left": left}, b""
 
-    def _await(self, sources: list[str]) -> None:
-        if sources != self._fences.expected:
-            self._fences.expected = sources
-            self._unsaved.expect(sources)
-            self._log.info("streams_expected", sources=sources)
+    def _drained(self, request: Request, now: float) -> tuple[Any, bytes]:
+        """A daemon has no stream left: none is to come from there, and nobody is sent there."""
+        wanted = request.read(_Drained)
+        self._unsaved.forget(self._streams.forget_moved(wanted.endpoint, wanted.origin))
+        if self._fences.redirect is not None and self._fences.redirect.goes_to(wanted.endpoint, wanted.origin):
+            self._send_on(None)
+        # Two daemons may have been named alike, each by a command on its own machine.
+        gone = [
+            origin
+            for origin, source in self._fences.expected.items()
+            if (origin == wanted.origin if wanted.origin is not None else source == wanted.endpoint)
+        ]
+        self._await({origin: source for origin, source in self._fences.expected.items() if origin not in gone})
+        return {}, b""
 
     def _groups(self, request: Request, now: float) -> tuple[Any, bytes]:
-        """Groups that have arrived here, and daemons that more are to come from."""
+        """Groups that have arrived here, daemons that more are to come from, and where all have gone."""
         held: dict[str, dict[str, Any]] = {}
         for group in self._fences.held():
             streams = list(group.members())
             held[group.id] = {"streams": len(streams)}
             if streams:
                 held[group.id] |= {"tenant": streams[0].tenant, "stream": streams[0].name}
-        return {"held": held, "expected": self._fences.expected}, b""
+        redirect = self._fences.redirect
+        sent_on = None if redirect is None else redirect.endpoint
+        return {"held": held, "expected": self._fences.expected, "sent_on": sent_on}, b""
 
     def _fate(self, request: Request, now: float) -> tuple[Any, bytes]:
         """What became of a group; asking changes nothing for it."""

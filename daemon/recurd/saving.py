@@ -128,7 +128,7 @@ class Saving:
     #: Where all are sent who ask for a stream that is not here, the last of them from now on; empty: as before.
     redirects: list[Redirect | None]
     #: Daemons that streams are to come from, from now on; ``None``: as before.
-    expected: list[str] | None
+    expected: dict[str, str] | None
 
 
 class Unsaved:
@@ -142,7 +142,7 @@ class Unsaved:
         self._ended: list[tuple[Stream, Ended | None]] = []
         self._endings_gone: set[int] = set()
         self._redirects: list[Redirect | None] = []
-        self._expected: list[str] | None = None
+        self._expected: dict[str, str] | None = None
 
     def note(self, stream: Stream, state: bytes | None = None) -> None:
         """A stream began, or a record of it was answered; ``state`` where it is known and not that of a fresh start."""
@@ -173,7 +173,7 @@ class Unsaved:
         if self.durable:
             self._redirects.append(redirect)
 
-    def expect(self, sources: list[str]) -> None:
+    def expect(self, sources: dict[str, str]) -> None:
         """Streams of these daemons are to come, from now on."""
         if self.durable:
             self._expected = sources

@@ -131,6 +131,8 @@ class Stats:
         # gauges
         self.streams = {"attached": 0, "detached": 0}
         self.peers = 0
+        #: Daemons that streams are to come from, and no stream begins here that is not known meanwhile.
+        self.drains_unfinished = 0
         #: Of the arenas, on the device.
         self.state_bytes = 0
 

@@ -394,9 +394,9 @@ class Streams:
         """Remember how a stream ended, as the last one of its name; the handles of those that are forgotten for it."""
         return self._endings.add(handle, ended)
 
-    def forget_moved(self, endpoint: str) -> list[int]:
-        """Forget which streams have moved to this endpoint: their handles."""
-        return self._endings.forget_moved(endpoint)
+    def forget_moved(self, endpoint: str, origin: str | None) -> list[int]:
+        """Forget which streams have moved to the daemon of that endpoint or origin: their handles."""
+        return self._endings.forget_moved(endpoint, origin)
 
     def expired(self, now: float) -> list[Stream]:
         """Streams whose idle time-out has passed; the caller ends them. Amortised over records, never a scan of all."""

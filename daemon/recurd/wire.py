@@ -364,6 +364,9 @@ class Welcome(msgspec.Struct, kw_only=True, frozen=True):
     server: str
     #: New at every start of the daemon; a client that sees it change opens its streams anew.
     epoch: str
+    #: The epoch of the start at which its journal was begun, so the same as long as its streams live; without a journal
+    #: the present one.
+    origin: str = ""
     tenant: str
     versions: tuple[int, ...]
     #: Records a stream may have in flight: accepted or sent, their results not yet acknowledged.

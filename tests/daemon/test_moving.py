@@ -12,10 +12,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dialogue import Caller, Desk, chunk, closing, opening, reset, state
+from dialogue import Caller, Desk, chunk, closing, hello, opening, reset, state
 from moving import Operator
 from recurd.config import Auth, Config, Tenant, override
-from recurd.drain import Drain, DrainError
+from recurd.drain import Drain, DrainError, Report
 from recurd.errors import Code, Refused, Unanswered
 from recurd.fences import FENCE_SECONDS
 from recurd.model import Model
@@ -553,13 +553,26 @@ _KEYS = st.dictionaries(
             "lasting",
             "staying",
             "source",
-            "drained",
+            "origin",
         ]
     ),
     st.one_of(_ANYTHING, st.sampled_from(["g", "h", "*", "[", 0, 1, 10**6, True])),
 )
 _ORDERS = st.sampled_from(
-    ["gather", "export", "release", "lift", "import", "admit", "drop", "redirect", "expect", "groups", "fate", "gather"]
+    [
+        "gather",
+        "export",
+        "release",
+        "lift",
+        "import",
+        "admit",
+        "drop",
+        "redirect",
+        "expect",
+        "drained",
+        "groups",
+        "fate",
+    ]
 )
 
 
@@ -638,7 +651,10 @@ class At:
         self.endpoint = endpoint
         self.lost = lost
         self._desk, self._operator = desk, Operator(desk)
-        self.welcome = SimpleNamespace(epoch=endpoint, max_message_bytes=1 << 20)
+        who = desk.connect("who", greet=False)
+        who.send(hello())
+        origin = who.take()[-1].body["origin"]
+        self.welcome = SimpleNamespace(epoch=origin, origin=origin, max_message_bytes=1 << 20)
 
     def ask(self, command: str, data: bytes = b"", **keys: Any) -> tuple[dict[str, Any], bytes]:
         reply = self._operator.reply(command, data, **keys)
@@ -758,6 +774,12 @@ def half_drained(here: Desk, there: Desk) -> Caller:
     return stays
 
 
+def drain(source: Desk, target: Desk, *endpoints: str) -> Report:
+    """As the command does it, at A and B unless they are called otherwise."""
+    here, there = endpoints or (A, B)
+    return Drain(At(source, here), At(target, there)).run()  # type: ignore[arg-type]
+
+
 def test_no_stream_begins_a_second_time_where_a_drain_that_was_cut_off_has_brought_others(
     here: Desk, there: Desk
 ) -> None:
@@ -765,28 +787,96 @@ def test_no_stream_begins_a_second_time_where_a_drain_that_was_cut_off_has_broug
     caller = there.connect("c")
     for mode in ("auto", "resume", "new"):
         busy = caller.ask(opening("stays", mode=mode))
-        assert (busy.code, busy.body["retry_after_seconds"] > 0, A in busy.body["text"]) == ("busy", True, True)
-    opened = caller.open("left")
-    assert opened.body["last_seq"] == 1
-    assert caller.ask(state(opened.header.handle, 2, Operation.CLONE, b"stays")).code == "busy"
+        assert (busy.code, busy.body["retry_after_seconds"] > 0) == ("busy", True)
+        assert "a drain to this one is not finished" in busy.body["text"]
+    assert there.stats.drains_unfinished == 1
     stays.run(chunk(stays.handle("stays"), 2, draw(3, 3)))
 
-    report = Drain(At(here, A), At(there, B)).run()  # type: ignore[arg-type]
+    report = drain(here, there)
 
-    assert (report.streams, report.expected) == (1, [])
+    assert (report.streams, report.expected, there.stats.drains_unfinished) == (1, [], 0)
     assert caller.open("stays").body["last_seq"] == 2
     assert caller.open("new").body["fresh"]
 
 
+def test_streams_that_are_there_go_on_while_more_are_to_come(here: Desk, there: Desk) -> None:
+    half_drained(here, there)
+    caller = there.connect("c")
+    opened = caller.open("left")
+    handle = opened.header.handle
+    assert opened.body["last_seq"] == 1
+    refused = caller.ask(state(handle, 2, Operation.CLONE, b"stays"))
+    assert (refused.code, "retry_after_seconds" in refused.body) == ("exists", False)
+    assert caller.run(chunk(handle, 2, draw(4, 3)))[0].type == Type.RESULT
+    caller.ask(closing(handle))
+    assert caller.open("left", mode="resume").code == "closed"  # it is not elsewhere
+    assert caller.open("left").body["fresh"]
+
+
+def test_a_copy_out_of_a_file_is_not_taken_for_one_that_is_to_come(here: Desk, there: Desk) -> None:
+    half_drained(here, there)
+    source, target = Operator(here), Operator(there)
+    stamps = source.ask("gather", group="g")["stamps"]
+    data = source.export("g")
+    refused = target.reply("import", data, group="g", stamps=stamps, lasting=False)
+    assert (refused.code, "may be one that is to come" in refused.body["text"]) == ("exists", True)
+    target.ask("expect")
+    assert target.ask("import", data, group="g", stamps=stamps, lasting=False) == {"streams": 1, "stayed": 0}
+
+
+def test_daemons_are_told_apart_however_their_addresses_are_spelled(here: Desk, there: Desk, model: Model) -> None:
+    half_drained(here, there)
+    third = Desk({"pump": model}, epoch=b"thethird")
+    third.connect("c").handle("third")
+
+    assert drain(third, there, A, B).expected == [A]  # as on its own machine the other one is called too
+
+    assert there.connect("c").open("stays").code == "busy"
+    assert drain(here, there, "tcp://localhost:7070", B).expected == []
+    assert there.connect("c").open("stays").body["last_seq"] == 1
+    assert there.connect("c").open("third").type == Type.OPENED
+    there.connect("d").ask(closing(there.connect("d").open("stays").header.handle))
+    drain(there, here, "tcp://localhost:7071", A)
+    assert here.connect("c").open("stays").body["fresh"]  # closed over there
+
+
 def test_who_runs_it_may_say_that_nothing_more_comes(here: Desk, there: Desk) -> None:
     half_drained(here, there)
-    Operator(there).ask("expect", source="tcp://third:1")
-    assert Operator(there).ask("expect", source=A) == {"expected": [A, "tcp://third:1"]}
-    assert Drain(At(here, A), At(there, B)).run().expected == ["tcp://third:1"]  # type: ignore[arg-type]
-    caller = there.connect("c")
+    operator, caller = Operator(there), there.connect("c")
+    (origin,) = operator.ask("groups")["expected"]
+    third = {"source": "tcp://third:1", "origin": "3"}
+    assert operator.ask("expect", **third) == {"expected": {origin: A, "3": "tcp://third:1"}}
+    operator.ask("drained", endpoint="tcp://third:1")
+    assert operator.ask("expect", **third) == {"expected": {origin: A, "3": "tcp://third:1"}}
+    operator.ask("drained", endpoint=A)
     assert caller.open("new").code == "busy"
-    assert Operator(there).ask("expect") == {"expected": []}
+    assert operator.ask("expect") == {"expected": {}}
     assert caller.open("new").body["fresh"]
+
+
+def test_a_daemon_that_more_is_to_come_to_is_not_drained_elsewhere(here: Desk, there: Desk, model: Model) -> None:
+    half_drained(here, there)
+    third = Desk({"pump": model}, epoch=b"thethird")
+    with pytest.raises(Refused, match=f"a drain from {A} to this daemon is not finished"):
+        drain(there, third, B, "tcp://third:1")
+    assert (names(there), names(third)) == ({"left"}, set())
+
+    drain(there, here, B, A)  # back to where the others are
+
+    assert (names(here), names(there)) == ({"left", "stays"}, set())
+    assert there.connect("c").open("new").code == "moved"
+    assert here.connect("c").open("new").body["fresh"]
+
+
+def test_a_drain_back_that_is_refused_leaves_everybody_where_he_is(here: Desk, there: Desk, tmp_path: Path) -> None:
+    here.connect("c").handle("s")
+    drain(here, there)
+    new = Network(layers=1, learned=True, counter=True, seed=8).save(tmp_path / "new.onnx")
+    here.engine.replace_model("pump", Model.load(new, slots=8, threads=1), "finish")
+    with pytest.raises(DrainError, match="weights"):
+        drain(there, here, B, A)
+    assert here.connect("d").open("n").code == "moved"
+    assert there.connect("c").open("s").type == Type.OPENED
 
 
 @pytest.mark.parametrize("command", ["gather", "export"])
@@ -797,7 +887,9 @@ def test_a_drain_that_brought_nothing_leaves_no_mark(here: Desk, there: Desk, co
     assert there.connect("c").open("new").body["fresh"]
 
 
-def test_two_streams_of_one_name_keep_only_themselves_and_their_clients_from_moving(here: Desk, there: Desk) -> None:
+def test_two_streams_of_one_name_keep_only_themselves_and_their_connections_from_moving(
+    here: Desk, there: Desk
+) -> None:
     gone, stays, other = here.connect("gone"), here.connect("stays"), here.connect("other")
     for caller, name in ((gone, "x"), (gone, "y"), (stays, "p"), (stays, "q"), (other, "z")):
         caller.handle(name)
@@ -805,14 +897,26 @@ def test_two_streams_of_one_name_keep_only_themselves_and_their_clients_from_mov
     theirs = there.connect("theirs")
     handles = {name: theirs.handle(name) for name in ("x", "p")}
 
-    with pytest.raises(DrainError, match="other streams in the place of 'x', 'p'") as failure:
-        Drain(At(here, A), At(there, B)).run()  # type: ignore[arg-type]
+    with pytest.raises(DrainError, match="2 streams cannot move") as failure:
+        drain(here, there)
 
-    assert failure.value.__notes__[0].startswith(f"they stay at {A} with all streams of their clients")
+    told = next(note for note in failure.value.__notes__ if "in the place of 'x', 'p'" in note)
+    assert f"they stay at {A}, with all streams of connections that have one" in told
     assert (names(here), names(there)) == ({"x", "p", "q"}, {"y", "z", "x", "p"})
     (reply,) = stays.run(chunk(stays.handle("q"), 1, draw(1, 3)))  # it is open to its client
     assert reply.type == Type.RESULT
     theirs.ask(closing(handles["x"]))
     stays.ask(closing(stays.handle("p")))
-    assert Drain(At(here, A), At(there, B)).run().streams == 2  # type: ignore[arg-type]
+    assert drain(here, there).streams == 2
     assert (names(here), names(there)) == (set(), {"x", "y", "p", "q", "z"})
+
+
+def test_a_daemon_that_lets_nobody_stay_is_not_asked_for_ever(here: Desk, there: Desk) -> None:
+    class Former(At):
+        def ask(self, command: str, data: bytes = b"", **keys: Any) -> tuple[dict[str, Any], bytes]:
+            return super().ask(command, data, **{key: value for key, value in keys.items() if key != "staying"})
+
+    here.connect("c").handle("x")
+    there.connect("c").handle("x")
+    with pytest.raises(DrainError, match="another one"):
+        Drain(Former(here, A), At(there, B)).run()  # type: ignore[arg-type]

@@ -141,12 +141,16 @@ def test_what_is_expected_is_expected_after_a_restart_until_it_has_come_or_never
             return daemon.connect().ask(opening("s", mode="resume")).code == "busy"
 
     assert not expected()
-    for ends in ({"command": "redirect", "drained": A}, {"command": "expect"}, {"command": "redirect", "endpoint": A}):
+    for ends in (
+        {"command": "drained", "endpoint": A},
+        {"command": "expect"},
+        {"command": "redirect", "endpoint": A, "origin": "a"},
+    ):
         with Daemon(folders[1], models[1]) as there:
-            Operator(there).ask("expect", source=A)
+            Operator(there).ask("expect", source=A, origin="a")
         assert expected()
         with Daemon(folders[1], models[1]) as there:
-            Operator(there).ask("redirect", drained=B)
+            Operator(there).ask("drained", endpoint=B)
         assert expected()
         with Daemon(folders[1], models[1]) as there:
             Operator(there).ask(**ends)
@@ -189,9 +193,9 @@ def test_what_left_and_was_closed_there_may_begin_here_when_all_has_come_back(
             if target is there:
                 follower.ask(closing(follower.handle("closed")))
         assert here.connect("late").open("closed").code == "moved"
-        assert Operator(here).ask("redirect", drained="tcp://other:1") == {"left": 1}
+        Operator(here).ask("drained", endpoint="tcp://other:1")
         assert here.connect("late").open("closed").code == "moved"  # it went to another daemon than that
-        Operator(here).ask("redirect", drained=B)
+        Operator(here).ask("drained", endpoint=B)
     with Daemon(folders[0], models[0]) as here:
         caller = here.connect("c")
         assert caller.open("stays", mode="resume").type == Type.OPENED

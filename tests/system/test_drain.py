@@ -177,7 +177,7 @@ def test_clients_follow_two_hundred_streams_and_every_bit_is_as_if_nothing_had_h
         client.open("new", model="pump")
     assert "new" in streams_of(there.endpoint, tmp_path)
     cancelled = subprocess.check_output(command("drain", "--endpoint", here.endpoint, "--cancel", "--json"))
-    assert json.loads(cancelled) == {"endpoint": here.endpoint, "takes_streams": True, "streams": 0}
+    assert json.loads(cancelled) == {"endpoint": here.endpoint, "takes_streams": True, "streams": 0, "not_expected": []}
     assert here.stop(signal.SIGTERM) == 0
 
 
@@ -367,7 +367,7 @@ def test_who_opens_at_the_new_daemon_what_is_still_at_the_old_one_gets_that_one_
     with recurd.connect(there.endpoint) as client, ThreadPoolExecutor() as others:
         opened = others.submit(client.open, left, model="pump")
         new = others.submit(client.open, "new", model="pump")
-        with pytest.raises(Unanswered, match=f"may be one that is to come from {here.endpoint}"):
+        with pytest.raises(Unanswered, match="may be one that is to come from another daemon"):
             client.open("another", model="pump", timeout_seconds=1)
         assert not opened.done()
         assert not new.done()

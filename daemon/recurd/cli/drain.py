@@ -14,6 +14,8 @@ Examples:
   recurd drain --to tcp://10.0.0.2:7070
   recurd drain --endpoint tcp://10.0.0.1:7070 --to tcp://10.0.0.2:7070 --json
   recurd drain --cancel                       take streams again, after all
+  recurd drain --cancel --endpoint tcp://10.0.0.2:7070
+                                              also where a drain to it was cut off
   recurd drain --cancel --drained tcp://10.0.0.2:7070
                                               also those that had moved there
 \b
@@ -111,10 +113,25 @@ def drain(
 
 
 def _cancel(source: Remote, drained: str | None, as_json: bool) -> None:
-    left = source.ask("redirect", drained=drained)[0]["left"]
-    source.ask("expect")
-    cancelled = msgspec.json.encode({"endpoint": source.endpoint, "takes_streams": True, "streams": left}).decode()
-    click.echo(cancelled if as_json else f"{source.endpoint} takes new streams again")
+    before, _ = source.ask("groups")
+    left = source.ask("redirect")[0]["left"]
+    if drained is None:
+        source.ask("expect")
+    else:
+        source.ask("drained", endpoint=drained)
+    after, _ = source.ask("groups")
+    ended = [before["expected"][origin] for origin in before["expected"].keys() - after["expected"].keys()]
+    if as_json:
+        done = {"endpoint": source.endpoint, "takes_streams": not after["expected"], "streams": left}
+        click.echo(msgspec.json.encode(done | {"not_expected": ended}).decode())
+        return
+    again = "as before" if before["sent_on"] is None and not ended else "again"
+    for endpoint in ended:
+        click.echo(f"{source.endpoint} expects no more streams from {endpoint}")
+    for endpoint in after["expected"].values():
+        click.echo(f"{source.endpoint} takes no new streams, as a drain from {endpoint} is not finished")
+    if not after["expected"]:
+        click.echo(f"{source.endpoint} takes new streams {again}")
 
 
 def _tell(text: str, error: BaseException) -> None:

@@ -199,7 +199,9 @@ def _show(report: dict[str, Any], *, as_json: bool) -> None:
     if not groups:
         click.echo("no streams are held")
     if report["expected"]:
-        click.echo(f"more are to come from {' and '.join(report['expected'])}; until then no new stream begins here")
+        click.echo(
+            f"more are to come from {' and '.join(report['expected'].values())}; until then no new stream begins here"
+        )
 
 
 def _packed(parcels: list[Parcel], max_bytes: int) -> Iterator[tuple[int, bytes]]:
