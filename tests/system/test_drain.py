@@ -379,6 +379,25 @@ def test_who_opens_at_the_new_daemon_what_is_still_at_the_old_one_gets_that_one_
     np.testing.assert_allclose(output, whole[len(chunk(left, 1)) :], rtol=1e-4, atol=1e-5)
 
 
+def test_who_gives_a_drain_up_is_told_what_that_changes(daemons: tuple[Process, Process]) -> None:
+    here, there = (daemon.endpoint for daemon in daemons)
+    cancel = ("drain", "--cancel", "--endpoint", there)
+    assert run(*cancel).stdout == f"{there} takes new streams as before\n"
+    with Remote(there) as remote:
+        for source, origin in ((here, "1"), ("tcp://other:1", "2")):
+            remote.ask("expect", source=source, origin=origin)
+        assert run(*cancel, "--drained", here).stdout == (
+            f"{there} expects no more streams from {here}\n"
+            f"{there} takes no new streams, as a drain from tcp://other:1 is not finished\n"
+        )
+        done = run("drain", "--endpoint", there, "--to", here)
+        assert done.returncode == ExitCode.BUG
+        assert "a drain from tcp://other:1 to this daemon is not finished: finish it first" in done.stderr
+    assert run(*cancel).stdout == (
+        f"{there} expects no more streams from tcp://other:1\n{there} takes new streams again\n"
+    )
+
+
 def test_a_stream_that_was_closed_at_the_new_daemon_begins_at_the_old_one_after_the_drain_back(
     daemons: tuple[Process, Process],
 ) -> None:
