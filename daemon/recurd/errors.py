@@ -143,6 +143,12 @@ class JournalError(StartError):
     exit_code = ExitCode.JOURNAL
 
 
+class CheckEnded(JournalError):
+    """The process that checks stored streams was ended, which says nothing of them: another start may go well."""
+
+    exit_code = ExitCode.BUG
+
+
 class AuthError(StartError):
     """It cannot be made sure who may connect."""
 

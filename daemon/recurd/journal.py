@@ -14,14 +14,16 @@ comes late is told by the next daemon too).
 
 LMDB trusts what it reads. So every value starts with its XXH3 (seeded by its key's CRC-32), and the number of commits
 stands in ``recurd.lock`` too: damage to the page that names the last transaction would make LMDB go on from the one
-before it without a word. ``python -m recurd.journal FOLDER`` reads a whole store, commits once, and says what is wrong
-with it.
+before it without a word. ``python -m recurd.journal FOLDER`` reads a whole store that no daemon has open, commits once,
+and says what is wrong with it.
 """
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import os
+import signal
 import struct
 import subprocess
 import sys
@@ -35,7 +37,7 @@ import msgspec
 import xxhash
 
 from recurd.endings import Ended, Redirect
-from recurd.errors import JournalError
+from recurd.errors import CheckEnded, JournalError
 from recurd.saving import (
     SavedAnswer,
     SavedStream,
@@ -50,6 +52,10 @@ from recurd.saving import (
 from recurd.streams import Stream
 from recurd.wire import Buffer
 
+#: Signals that damaged pages end a process with; others come from without.
+_OF_DAMAGE = frozenset({signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL})
+#: Of prctl(2): the signal that a process gets when its parent dies.
+_PR_SET_PDEATHSIG = 1
 _FORMAT = b"5"
 _TABLES = (b"meta", b"streams", b"states", b"answers", b"endings")
 _FORMAT_KEY = b"format"
@@ -111,7 +117,7 @@ class Journal:
         self._folder = folder
         self._lock = _lock(folder)
         try:
-            check(folder)
+            check(folder, self._lock.fileno())
             self._env = _open(folder, sync=mode == "power")
             self._data = os.stat(folder / "data.mdb")
             with self._write() as transaction:
@@ -576,10 +582,10 @@ def _words(error: Exception) -> str:
     return str(error).rpartition(": ")[2]
 
 
-def check(folder: Path) -> None:
+def check(folder: Path, lock: int) -> None:
     """Read a whole store, if there is one, in a process of its own: damaged pages end the process that reads them.
 
-    Raises :class:`JournalError` with what is wrong.
+    ``lock``: the descriptor that holds the folder. Raises :class:`JournalError` with what is wrong.
     """
     data = folder / "data.mdb"
     if not data.exists():
@@ -591,10 +597,16 @@ def check(folder: Path) -> None:
         return
     if not data.stat().st_size:
         raise JournalError(f"{folder}: the journal is damaged: data.mdb is empty")
-    command = [sys.executable, "-m", "recurd.journal", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode < 0:
+    command = [sys.executable, "-m", "recurd.journal", str(folder), str(lock)]
+    # It writes: with the lock, so that no other daemon does meanwhile, should this process die. In a process group of
+    # its own: Ctrl-C is ours to answer.
+    done = subprocess.run(command, capture_output=True, text=True, check=False, pass_fds=[lock], process_group=0)
+    if -done.returncode in _OF_DAMAGE:
         raise JournalError(f"{folder}: the journal is damaged: reading it ends with signal {-done.returncode}")
+    if done.returncode < 0:
+        raise CheckEnded(
+            f"{folder}: the journal is not checked: signal {-done.returncode} ended the process that read it"
+        )
     if done.returncode:
         raise JournalError(f"{folder}: {done.stderr.strip().splitlines()[-1].removeprefix(f'{folder}: ')}")
 
@@ -657,8 +669,21 @@ def _read_tables(env: lmdb.Environment, noted: int) -> None:
                 )
 
 
+def _main(folder: Path, has_lock: bool) -> None:
+    """Read a store, in a process of its own. Raises :class:`JournalError`."""
+    if has_lock:
+        # As a part of the daemon that waits for it: it ends with it, and a signal to stop is that one's to answer.
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+        _read_through(folder)
+    else:
+        with _lock(folder):
+            _read_through(folder)
+
+
 if __name__ == "__main__":
     try:
-        _read_through(Path(sys.argv[1]))
+        _main(Path(sys.argv[1]), has_lock=len(sys.argv) > 2)
     except JournalError as error:
         sys.exit(str(error))

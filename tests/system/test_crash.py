@@ -112,6 +112,84 @@ def test_two_daemons_do_not_share_a_journal(pump: Path, tmp_path: Path) -> None:
             assert "another daemon keeps its streams there" in second.log
 
 
+def test_a_journal_that_is_in_use_is_not_read_through_beside_it(pump: Path, tmp_path: Path) -> None:
+    journal = tmp_path / "journal"
+    command = [sys.executable, "-m", "recurd.journal", str(journal)]
+    with serve(tmp_path, pump, journal) as daemon, recurd.connect(f"ipc://{tmp_path}/socket") as client:
+        daemon.ready()
+        stream = client.open("s")
+        stream.push(draw(1))
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert (done.returncode, "another daemon keeps its streams there" in done.stderr) == (1, True)
+        stream.push(draw(2))
+        assert daemon.stop(signal.SIGKILL) == -signal.SIGKILL
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    with serve(tmp_path, pump, journal) as daemon, recurd.connect(f"ipc://{tmp_path}/socket") as client:
+        daemon.ready()
+        assert client.open("s", mode="resume").last_seq == 2
+
+
+#: In the process that reads the journal through: waits where it begins to, and says which process it is.
+HELD_UP = """
+import os, sys, time
+if "recurd.journal" in sys.orig_argv:
+    import lmdb
+
+    def held_up(*arguments, open=lmdb.open, **options):
+        with open_file("AT.part", "w") as file:
+            file.write(str(os.getpid()))
+        os.rename("AT.part", "AT")
+        while not os.path.exists("GO"):
+            time.sleep(0.01)
+        return open(*arguments, **options)
+
+    open_file, lmdb.open = open, held_up
+"""
+
+
+@pytest.mark.parametrize("what", ["stop", "reader killed", "daemon killed"])
+def test_whatever_ends_a_start_while_the_journal_is_checked_costs_nothing(
+    pump: Path, tmp_path: Path, what: str
+) -> None:
+    journal, at, go = (tmp_path / name for name in ("journal", "at", "go"))
+    with serve(tmp_path, pump, journal) as daemon, recurd.connect(f"ipc://{tmp_path}/socket") as client:
+        daemon.ready()
+        client.open("s").push(draw(1))
+        daemon.stop(signal.SIGKILL)
+    (tmp_path / "sitecustomize.py").write_text(HELD_UP.replace("AT", str(at)).replace("GO", str(go)))
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    arguments = [pump, "--bind", f"ipc://{tmp_path}/socket", "--metrics", "", "--journal", journal]
+    with Process(tmp_path, *arguments, PYTHONPATH=path) as daemon:
+        eventually(at.exists)
+        reader = int(at.read_text())
+        if what == "stop":  # as systemd does it, to all processes of the service
+            daemon.process.send_signal(signal.SIGTERM)
+            os.kill(reader, signal.SIGTERM)
+            go.touch()
+            assert daemon.wait() == 0
+            assert "event=stopped" in daemon.log
+        elif what == "reader killed":
+            os.kill(reader, signal.SIGKILL)
+            assert daemon.wait() == ExitCode.BUG
+            assert "the journal is not checked: signal 9 ended the process that read it" in daemon.log
+        else:
+            daemon.process.kill()
+            daemon.wait()
+            eventually(lambda: not _cmdline(reader))
+    with serve(tmp_path, pump, journal) as daemon, recurd.connect(f"ipc://{tmp_path}/socket") as client:
+        daemon.ready()
+        assert client.open("s", mode="resume").last_seq == 1
+
+
+def _cmdline(pid: int) -> bytes:
+    """Of a process; empty for one that has ended."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
 def test_a_damaged_journal_ends_the_start_with_one_sentence(pump: Path, tmp_path: Path) -> None:
     with serve(tmp_path, pump, tmp_path / "journal") as daemon:
         daemon.ready()
