@@ -46,6 +46,8 @@ _HANDLE_BITS = 40
 _HALT_RETRY_SECONDS = 1.0
 #: And before it sends to a stream again that is about to end.
 _END_RETRY_SECONDS = 0.02
+#: Idle time-outs come so much later at most, where there is always more to read than has been.
+_DEAF_SECONDS = 30.0
 #: Messages that touch no stream.
 _HARMLESS = frozenset({wire.Type.HELLO, wire.Type.PING})
 
@@ -267,11 +269,15 @@ class Engine:
 
     # --- ticks ---
 
-    def take_tick(self, now: float) -> Tick | None:
-        """The next run of a model, or ``None``. It must be given back to :meth:`complete` or :meth:`fail`."""
+    def take_tick(self, now: float, heard_until: float | None = None) -> Tick | None:
+        """The next run of a model, or ``None``. It must be given back to :meth:`complete` or :meth:`fail`.
+
+        ``heard_until``: all that was sent until then was handed in, so who is silent is so since then at the latest;
+        ``None``: until now.
+        """
         if self._halted is not None:
             return None
-        self._lifecycle.expire(now)
+        self._lifecycle.expire(now if heard_until is None else max(heard_until, now - _DEAF_SECONDS))
         if self._versions.former:
             self._look_after_former()
         self._moving.expire(now)
@@ -576,7 +582,11 @@ class Engine:
         """When :meth:`take_tick` should be called at the latest; 0 when there is a tick to take now."""
         if self._halted is not None:
             return None
-        if self._versions.has_to_end or any(len(lane.scheduler) and not lane.busy for lane in self._turns):
+        if (
+            self._versions.has_to_end
+            or self._lifecycle.has_to_expire
+            or any(len(lane.scheduler) and not lane.busy for lane in self._turns)
+        ):
             return 0.0
         due = (self._lifecycle.deadline(), self._fences.deadline())
         return min((time for time in due if time is not None), default=None)

@@ -5,6 +5,7 @@ left of this one, or comes behind one of another connection: what one sends by t
 another's chunk and its tick.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -19,6 +20,9 @@ _CONTROL_RECORDS = 16
 _OF_STREAMS = frozenset(bytes([type]) for type in (wire.Type.CHUNK, wire.Type.MULTI, wire.Type.RESET, wire.Type.STATE))
 #: What costs as many records is large.
 _LARGE = 128
+#: An empty socket is believed after so long: when the process has stood still, its I/O thread may not have read yet
+#: what came meanwhile.
+HEARING_SECONDS = 0.05
 
 
 class _Message(NamedTuple):
@@ -40,6 +44,9 @@ class Intake:
         self._asks_users = asks_users
         self._unnamed = unnamed
         self._held: _Message | None = None
+        #: What was sent until then has been handed over. It stays behind while more comes than a round takes.
+        self.heard_until = -math.inf
+        self._empty_at = -math.inf
 
     @property
     def holds(self) -> bool:
@@ -48,6 +55,7 @@ class Intake:
 
     def round(self, receive: Callable[[bytes, bytes, float, str], int], clock: Callable[[], float]) -> None:
         """Hand over what has come, up to the bound: frame, routing id, time and user."""
+        begin = clock()
         left, former = self._records, None
         while left > 0 and (message := self._held or self._take()) is not None:
             is_behind = former is not None and former != message.routing_id
@@ -60,6 +68,8 @@ class Intake:
             if message.cost >= _LARGE:
                 # libzmq looks whether others have sent something only now and then while one has more.
                 self._socket.getsockopt(zmq.EVENTS)
+        if left > 0 and begin >= self._empty_at + HEARING_SECONDS:
+            self.heard_until, self._empty_at = self._empty_at, begin
 
     def _take(self) -> _Message | None:
         try:

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 #: What a client waits before it asks a daemon again that is about to be started anew.
 _RESTART_RETRY_SECONDS = 0.25
+#: Streams that may expire between two ticks, and how many of them are logged by name.
+_PIECE, _NAMED = 256, 16
 _TYPES = {Kind.CHUNK: wire.Type.CHUNK, Kind.RESET: wire.Type.RESET}
 
 
@@ -79,6 +81,8 @@ class Lifecycle:
         self._log = log
         #: New connections and streams are refused.
         self.draining = False
+        #: Whether more streams are to expire at once.
+        self.has_to_expire = False
 
     def shutting_down(self) -> Refused:
         """What new work is told while the daemon is draining: to come again, where its streams will go on."""
@@ -516,8 +520,12 @@ class Lifecycle:
         record = wire.pack(wire.Type.CLOSED, generation=stream.generation, handle=stream.handle, seq=close.seq)
         self._outbox.send_control(peer, (record, b""))
 
-    def end(self, stream: Stream, code: Code, reason: str, redirect: Redirect | None = None) -> None:
+    def end(
+        self, stream: Stream, code: Code, reason: str, redirect: Redirect | None = None, *, is_named: bool = True
+    ) -> None:
         """Forget a stream. What is still queued is answered with how it ended; its slot is free at once.
+
+        ``is_named``: whether it is logged by name, where it did not end by what a client does as often as it likes.
 
         A tick that still holds a row of it does no harm: ticks of a lane follow one another, and whoever gets the slot
         brings a state or starts fresh.
@@ -538,8 +546,8 @@ class Lifecycle:
             stream.peer.handles.discard(stream.handle)
         self._stats.streams["detached" if stream.peer is None else "attached"] -= 1
         self._stats.streams_ended[reason] += 1
-        # Not what a client does as often as it likes.
-        log = self._log.debug if reason in ("closed", "moved", "reloaded", "replaced") else self._log.info
+        is_named &= reason not in ("closed", "moved", "reloaded", "replaced")
+        log = self._log.info if is_named else self._log.debug
         log(
             "stream_ended",
             reason=reason,
@@ -562,10 +570,15 @@ class Lifecycle:
     # --- time ---
 
     def expire(self, now: float) -> None:
-        """End streams and forget peers whose time-out has passed."""
-        for stream in self._streams.expired(now):
+        """End streams, not too many at once, and forget peers whose time-out has passed."""
+        expired = self._streams.expired(now, _PIECE)
+        self.has_to_expire = len(expired) == _PIECE
+        are_many = len(expired) > _NAMED
+        for stream in expired:
             if not stream.ended:  # one that has left and come back may stand in the order twice
-                self.end(stream, Code.EXPIRED, "expired")
+                self.end(stream, Code.EXPIRED, "expired", is_named=not are_many)
+        if are_many:  # as after a start, where all idle times count from one moment
+            self._log.info("streams_expired", streams=len(expired), stream=expired[0].name, tenant=expired[0].tenant)
         for peer in self._peers.silent_since(now - self._timeouts.peer_idle_seconds):
             self._forget_peer(peer)
             self._stats.peers_expired += 1

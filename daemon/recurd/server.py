@@ -26,7 +26,7 @@ from recurd.engine import Engine
 from recurd.errors import Code, ConfigError, ExitCode, Refused, StartError
 from recurd.former import Copies
 from recurd.http import Application, Health, HttpServer, Phase
-from recurd.intake import Intake
+from recurd.intake import HEARING_SECONDS, Intake
 from recurd.lifecycle import Identity
 from recurd.loading import Loaded, load
 from recurd.logs import open_log
@@ -248,7 +248,8 @@ class Server:
         if self._intake.holds:
             seconds = 0.0
         elif deadline is not None:
-            seconds = min(seconds, max(0.0, deadline - time.monotonic()))
+            # What has no fixed time to be done at has time until it is known who was heard.
+            seconds = min(seconds, max(HEARING_SECONDS, deadline - time.monotonic())) if deadline else 0.0
         for ready, _ in self._poller.poll(int(seconds * 1000 + 0.999)):
             if ready == self._wakeup.fileno():
                 self._look_for_signal()
@@ -272,7 +273,7 @@ class Server:
             self._health.phase = Phase.FULL if self._engine.full else Phase.READY
 
     def _run_tick(self) -> None:
-        tick = self._engine.take_tick(time.monotonic())
+        tick = self._engine.take_tick(time.monotonic(), self._intake.heard_until)
         if tick is None:
             return
         lane = tick.lane

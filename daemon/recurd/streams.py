@@ -398,16 +398,19 @@ class Streams:
         """Forget which streams have moved to the daemon of that endpoint or origin: their handles."""
         return self._endings.forget_moved(endpoint, origin)
 
-    def expired(self, now: float) -> list[Stream]:
-        """Streams whose idle time-out has passed; the caller ends them. Amortised over records, never a scan of all."""
-        due = []
-        while self._expiry and self._expiry[0][0] <= now:
+    def expired(self, now: float, most: int) -> list[Stream]:
+        """Streams whose idle time-out has passed, so many at most; the caller ends them.
+
+        Amortised over records, never a scan of all.
+        """
+        due: list[Stream] = []
+        while self._expiry and self._expiry[0][0] <= now and len(due) < most:
             _, handle = heapq.heappop(self._expiry)
             stream = self._by_handle.get(handle)
             if stream is None:
                 continue
             if stream.queue or stream.fence is not None:
-                stream.last_seen = now
+                stream.last_seen = max(now, stream.last_seen)
             if stream.last_seen + stream.idle_timeout <= now:
                 due.append(stream)
             else:

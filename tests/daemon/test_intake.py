@@ -1,5 +1,6 @@
 """What a round takes from a real socket, and what it leaves for the next one."""
 
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack
 
@@ -8,7 +9,7 @@ import zmq
 
 from dialogue import opening
 from recurd import wire
-from recurd.intake import Intake
+from recurd.intake import HEARING_SECONDS, Intake
 
 
 class Door:
@@ -20,6 +21,7 @@ class Door:
         self.router = self._open(zmq.ROUTER)
         self.router.bind("inproc://door")
         self.taken: list[bytes] = []
+        self.now = 1.0
 
     def connect(self) -> zmq.Socket[bytes]:
         socket = self._open(zmq.DEALER)
@@ -36,11 +38,11 @@ class Door:
 
     def round(self, intake: Intake) -> list[bytes]:
         self.taken = []
-        intake.round(self._receive, lambda: 1.0)
+        intake.round(self._receive, lambda: self.now)
         return self.taken
 
     def _receive(self, frame: bytes, routing_id: bytes, now: float, user: str) -> int:
-        assert (now, user, len(routing_id)) == (1.0, "local", 5)
+        assert (now, user, len(routing_id)) == (self.now, "local", 5)
         self.taken.append(frame)
         return 1
 
@@ -140,3 +142,27 @@ def test_what_is_no_message_is_handed_over_as_an_empty_one(door: Door, parts: li
 )
 def test_a_frame_says_how_many_records_it_carries(frame: bytes, records: int) -> None:
     assert wire.records_in(frame) == records
+
+
+def test_what_was_sent_before_is_heard_when_the_socket_was_empty_and_still_is(door: Door) -> None:
+    intake, socket = door.intake(10), door.connect()
+    heard = []
+    for second, records in enumerate((0, 0, 0, 25, 0, 0, 0, 0), start=1):
+        door.now = float(second)
+        for _ in range(records):
+            socket.send(many(1))
+        taken = door.round(intake)
+        heard.append((len(taken), intake.heard_until))
+    assert heard == [
+        (0, -math.inf),
+        (0, 1.0),
+        (0, 2.0),
+        (10, 2.0),
+        (10, 2.0),
+        (5, 3.0),
+        (0, 6.0),
+        (0, 7.0),
+    ]
+    door.now = 8.0 + HEARING_SECONDS / 2  # not believed so soon
+    door.round(intake)
+    assert intake.heard_until == 7.0

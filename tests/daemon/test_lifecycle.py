@@ -1,5 +1,6 @@
 """How connections and streams begin and end, with the clock in the test's hand."""
 
+import math
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -444,6 +445,37 @@ def test_an_idle_stream_expires_and_its_client_is_told_what_was_lost(open_desk: 
     np.testing.assert_array_equal(push(caller, again.header.handle, generation=3), first)
     (event,) = [event for event in desk.events if event["event"] == "stream_ended"]
     assert (event["reason"], event["stream"], event["last_seq"], event["level"]) == ("expired", "s", 2, "info")
+
+
+def test_streams_that_expire_at_one_moment_do_not_hold_up_the_others(open_desk: OpenDesk) -> None:
+    desk = open_desk(timeouts=Timeouts(peer_idle_seconds=1e6))
+    caller, busy = desk.connect("c"), desk.connect("busy")
+    for number in range(1000):
+        caller.open(f"s{number}", idle_timeout_seconds=10)
+    handle = busy.handle("busy")
+    desk.now += 10
+    for seq, expired in enumerate((256, 512, 768, 1000), start=1):
+        assert desk.engine.deadline() == 0 or seq == 1
+        busy.send(chunk(handle, seq, X))
+        desk.tick()
+        assert desk.stats.streams_ended["expired"] == expired
+        assert [reply.header.seq for reply in busy.take()] == [seq]
+    assert desk.engine.deadline() != 0
+    told = [event["streams"] for event in desk.events if event["event"] == "streams_expired"]
+    assert told == [256, 256, 256, 232]
+    assert {event["level"] for event in desk.events if event["event"] == "stream_ended"} == {"debug"}
+
+
+def test_who_may_have_been_heard_does_not_expire(open_desk: OpenDesk) -> None:
+    desk = open_desk(timeouts=Timeouts(peer_idle_seconds=20))
+    caller = desk.connect()
+    caller.open("s", idle_timeout_seconds=10)
+    begin = desk.now
+    for now, heard_until in ((begin + 15, begin + 9), (begin + 39, -math.inf)):
+        desk.engine.take_tick(now, heard_until)
+        assert (desk.stats.streams_ended["expired"], desk.stats.peers) == (0, 1)
+    desk.engine.take_tick(begin + 50, -math.inf)  # for as long as that nobody goes unheard
+    assert (desk.stats.streams_ended["expired"], desk.stats.peers) == (1, 0)
 
 
 def test_while_nothing_can_be_saved_no_stream_grows_idle(open_desk: OpenDesk, tmp_path: Path) -> None:

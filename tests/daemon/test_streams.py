@@ -90,7 +90,7 @@ def test_where_a_tenants_streams_have_gone_is_known_however_many_tenants_there_a
     oldest = streams.end(add(streams, "s4", tenant="a"), Code.MOVED, Redirect("tcp://c:1"))[1]
     assert (len(oldest), streams.ending("a", "s0")) == (1, None)
 
-    assert len(streams.forget_moved("tcp://b:1")) == 15
+    assert len(streams.forget_moved("tcp://b:1", None)) == 15
     assert [streams.ending(tenant, "s3") for tenant in ("a", "b")] == [None, None]
     assert streams.ending("a", "s4") is not None
 
@@ -126,7 +126,7 @@ def test_streams_expire_exactly_when_they_were_idle_for_their_time_out(
         elif act == "wait":
             now += seconds / 3
         due = {n for n, s in alive.items() if s.last_seen + s.idle_timeout <= now}
-        expired = streams.expired(now)
+        expired = streams.expired(now, 100)
         assert {s.name for s in expired} == due
         for s in expired:
             streams.end(alive.pop(s.name), Code.EXPIRED)

@@ -1,5 +1,6 @@
 """``recurd serve`` as a process: start, health, shutdown, and every way in which it cannot start."""
 
+import asyncio
 import os
 import signal
 import socket
@@ -10,10 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import recurd
 from dialogue import Reply, chunk, hello, opening, ping
 from process import Dealer, Process, eventually
 from recurd import wire
-from recurd.errors import ExitCode
+from recurd.errors import Code, ExitCode
 from recurd.wire import Type
 from recurrent import Network
 
@@ -44,6 +46,31 @@ def queue_work(daemon: Process, chunks: int, steps: int) -> tuple[Dealer, int]:
     dealer.send(wire.multi([chunk(handle, seq, draw(steps)) for seq in range(1, chunks + 1)]))
     eventually(lambda: daemon.metric('recurd_chunks_received_total{model="pump"}') >= chunks)
     return dealer, handle
+
+
+# --- time ---
+
+
+@pytest.mark.parametrize("journal", [False, True])
+async def test_streams_whose_clients_were_there_all_the_time_outlive_a_standstill(
+    pump: Path, tmp_path: Path, journal: bool
+) -> None:
+    flags = ["--journal", tmp_path / "journal"] if journal else []
+    with serve(tmp_path, pump, *flags) as daemon:
+        async with recurd.aio.connect(daemon.ready().endpoint) as client:
+            names = [f"s{number}" for number in range(3000)]
+            streams = await asyncio.gather(*[client.open(name, idle_timeout_seconds=2) for name in ["idle", *names]])
+            idle = streams.pop(0)
+            await client.push_many({stream: draw(1) for stream in streams})
+            daemon.process.send_signal(signal.SIGSTOP)
+            futures = await client.submit_many({stream: draw(1) for stream in streams})  # more than one round reads
+            assert not (await asyncio.wait(futures.values(), timeout=2.2))[0]
+            daemon.process.send_signal(signal.SIGCONT)
+            results = await asyncio.gather(*futures.values())
+            assert [len(result) for result in results] == [1] * len(streams)
+            with pytest.raises(recurd.Broken) as broken:
+                await idle.push(draw(1))
+            assert broken.value.code is Code.EXPIRED
 
 
 # --- shutdown ---
