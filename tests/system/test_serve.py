@@ -68,6 +68,8 @@ async def test_streams_whose_clients_were_there_all_the_time_outlive_a_standstil
             daemon.process.send_signal(signal.SIGCONT)
             results = await asyncio.gather(*futures.values())
             assert [len(result) for result in results] == [1] * len(streams)
+            expired = 'recurd_streams_ended_total{reason="expired"}'
+            await asyncio.to_thread(eventually, lambda: daemon.metric(expired) >= 1)
             with pytest.raises(recurd.Broken) as broken:
                 await idle.push(draw(1))
             assert broken.value.code is Code.EXPIRED
