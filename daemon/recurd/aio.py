@@ -306,6 +306,9 @@ class Stream(OpenStream):
         else:
             late = partial(self._no_room, self._client._seconds(timeout_seconds))
             await _answer(self._room.acquire(), deadline, late)
+        if self._client._closed:  # meanwhile
+            self._room.release()
+            raise closed_error()
 
     async def _submit(
         self, payload: Payload, timeout_seconds: float | None, starts_by: float = math.inf

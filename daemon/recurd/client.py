@@ -224,12 +224,12 @@ class Client(Connection):
             for stream in records:
                 stream._take_room(deadline)
                 taken.append(stream)
+            batch = [(stream._writer, [record]) for stream, record in records.items()]
+            self._hand_over(lambda: self._submit(batch))
         except BaseException:
             for stream in taken:
                 stream._room.release()
             raise
-        batch = [(stream._writer, [record]) for stream, record in records.items()]
-        self._hand_over(lambda: self._submit(batch))
         return {stream: record.token for stream, record in records.items()}
 
     def close(self) -> None:
@@ -424,7 +424,11 @@ class Stream(OpenStream):
     def _submit(self, payload: Payload, deadline: "_Deadline", starts_by: float = math.inf) -> Future[Any]:
         record = self._record(payload, starts_by)
         self._take_room(deadline)
-        self._client._hand_over(lambda: self._client._session.submit(self._writer, (record,)))
+        try:
+            self._client._hand_over(lambda: self._client._session.submit(self._writer, (record,)))
+        except BaseException:  # others may wait for the room, to be told the same
+            self._room.release()
+            raise
         future: Future[Any] = record.token
         return future
 

@@ -57,6 +57,20 @@ async def test_a_chunk_that_is_late_is_refused_and_the_stream_goes_on_without_it
     assert (await stream.push([1.0], expires_seconds=20)).tolist() == [[2]]  # type: ignore[union-attr]
 
 
+async def test_who_waits_for_room_is_told_when_the_client_is_closed(daemon: Any) -> None:
+    async with aio.connect(daemon.endpoint, queue_limit=1, timeout_seconds=math.inf) as client:
+        stream = await client.open("room at the end", model="sum")
+        first = await stream.submit([1.0])
+        waiting = [
+            asyncio.ensure_future(call)
+            for call in (stream.push([2.0]), stream.submit([2.0]), client.push_many({stream: [2.0]}), stream.reset())
+        ]
+        await asyncio.sleep(0)  # all of them wait, as no answer can have been read
+    told = await asyncio.wait_for(asyncio.gather(*waiting, return_exceptions=True), 10)
+    assert [str(error) for error in told] == ["the client is closed"] * 4
+    assert isinstance(first.exception(), recurd.Unanswered)
+
+
 async def test_many_tasks_share_a_client(client: aio.Client) -> None:
     async def work(number: int) -> list[Any]:
         stream = await client.open(f"task {number}", model="sum")

@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -494,6 +494,19 @@ def test_every_call_has_its_time_out_and_the_chunk_keeps_its_place(mute: Mute) -
             stream.close(timeout_seconds=0.05)
         with pytest.raises(recurd.RecurdError, match="being closed"):
             stream.push([1])
+
+
+def test_a_closed_client_leaves_nobody_waiting_for_room(mute: Mute) -> None:
+    client = recurd.connect(mute.endpoint, timeout_seconds=600, queue_limit=1)
+    stream = client.open("s")
+    first = stream.submit([1])
+    with ThreadPoolExecutor() as others:
+        calls = [lambda: stream.push([2]), lambda: stream.submit([2]), lambda: client.push_many({stream: [2]})]
+        waiting = [others.submit(call) for call in calls]
+        until(lambda: all(call.running() for call in waiting))
+        client.close()
+        assert [str(call.exception(20)) for call in waiting] == ["the client is closed"] * 3
+    assert isinstance(first.exception(), recurd.Unanswered)
 
 
 def test_a_closed_client_leaves_nobody_waiting(mute: Mute) -> None:
