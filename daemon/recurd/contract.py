@@ -173,6 +173,11 @@ class Contract(msgspec.Struct, frozen=True, kw_only=True):
         return self.input.dtype, self.input.shape, self.input.classes, heads, self.causal
 
     @property
+    def form_hash(self) -> str:
+        """Hash of the form."""
+        return hashlib.sha256(msgspec.json.encode(self.form)).hexdigest()
+
+    @property
     def chunk_local(self) -> bool:
         """Whether chunks may be sliced and joined freely: causal, and one output for every step."""
         return self.causal and all(head.per == "step" for head in self.heads)

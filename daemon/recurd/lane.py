@@ -13,7 +13,7 @@ from recurd.config import Config, Limits
 from recurd.contract import Contract
 from recurd.errors import Code, Refused
 from recurd.layout import Layout
-from recurd.saving import VERSION_DIGITS, Stamp
+from recurd.saving import Stamp, version_of
 from recurd.scheduler import Scheduler, Shape
 from recurd.stats import ModelStats
 from recurd.streams import Chunk, Kind, Stream
@@ -66,7 +66,7 @@ class Lane:
         self.name = name
         self.contract = contract
         #: Streams of another version of the model cannot go on with this one's states, nor the other way round.
-        self.version = contract.state_hash[:VERSION_DIGITS]
+        self.version = version_of(contract.state_hash, contract.form_hash)
         #: Whether another version has taken its place: no stream begins here.
         self.is_former = False
         #: Whether its streams end as soon as they have nothing queued.
@@ -119,7 +119,7 @@ class Lane:
 
     def goes_on_with(self, contract: Contract) -> bool:
         """Whether a file of this contract can go on with the states of the streams here, and with what is queued."""
-        return contract.state_hash[:VERSION_DIGITS] == self.version and contract.form == self.contract.form
+        return version_of(contract.state_hash, contract.form_hash) == self.version
 
     def change(self, device: Device) -> None:
         """Go on with another file of the same version and form, between two ticks; the streams notice nothing."""

@@ -227,7 +227,8 @@ class Model:
         """What the bits of its states depend on."""
         layout = ", ".join(f"{s.name} {s.dtype} {list(s.shape)}" for s in self.contract.states)
         provider = self.device.partition(":")[0]
-        return Stamp(self.contract.state_hash, layout, f"onnxruntime {ort.__version__}", provider)
+        runtime = f"onnxruntime {ort.__version__}"
+        return Stamp(self.contract.state_hash, layout, runtime, provider, self.contract.form_hash)
 
     def _check_rows(self, slots: Array, lengths: Array, input: Array) -> None:
         # The runtime aborts the process on zero rows, erases the state of a row of length zero, and on CUDA writes a

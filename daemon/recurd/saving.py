@@ -5,6 +5,7 @@ as a :class:`Saving` and hands it to :mod:`recurd.journal`. What is saved is alw
 a chunk that is only partly run has not happened.
 """
 
+import hashlib
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ from recurd import wire
 from recurd.endings import Ended, Redirect
 from recurd.streams import Answer, Stream
 
-#: Digits of a state hash that name a version of a model.
+#: Digits of the hash that names a version of a model.
 VERSION_DIGITS = 16
 #: A retained answer: seq, generation, and the record's header and payload.
 SavedAnswer = tuple[int, int, bytes, bytes]
@@ -31,19 +32,31 @@ class Stamp(msgspec.Struct, frozen=True):
     layout: str
     runtime: str
     device: str
+    #: What goes in and comes out (contract.form_hash), as retained answers and queued chunks have it; empty: not noted.
+    form: str = ""
 
     @property
     def version(self) -> str:
-        """Name of the version: streams of another one cannot go on with its states."""
-        return self.state_hash[:VERSION_DIGITS]
+        """Name of the version: streams of another one cannot go on with its states, or not in the same form."""
+        return version_of(self.state_hash, self.form)
 
     def difference(self, other: "Stamp") -> str | None:
         """The first thing in which a stored stamp differs from this one, in words."""
-        for name, what in (("state_hash", "weights, state hash"), ("runtime", "runtime"), ("device", "device")):
+        for name, what in (
+            ("state_hash", "weights, state hash"),
+            ("form", "inputs and outputs, hash"),
+            ("runtime", "runtime"),
+            ("device", "device"),
+        ):
             mine, theirs = getattr(self, name), getattr(other, name)
-            if mine != theirs:
+            if mine != theirs and mine and theirs:
                 return f"{what} {theirs[:20]} then, {mine[:20]} now"
         return None
+
+
+def version_of(state_hash: str, form: str) -> str:
+    """Name of a version of a model, the same for files that streams go on with as if nothing had happened."""
+    return hashlib.sha256(f"{state_hash} {form}".encode()).hexdigest()[:VERSION_DIGITS]
 
 
 class SavedStream(msgspec.Struct, frozen=True, array_like=True):

@@ -679,11 +679,11 @@ def test_states_of_other_shapes_are_never_gone_on_with(model: Model, tmp_path: P
 
 
 def test_streams_of_a_model_that_is_not_served_are_not_dropped(tmp_path: Path) -> None:
-    stamp = Stamp("a", "b", "c", "d")
+    stamp = Stamp("a", "b", "c", "d", "e")
     with contextlib.closing(Journal(tmp_path, "process")) as journal:
         journal.stamp({"pump": stamp}, accept_drift=False)
         with journal._env.begin(write=True) as transaction:
-            _put_stream(journal, transaction)
+            _put_stream(journal, transaction, stamp.version)
     with (
         contextlib.closing(Journal(tmp_path, "process")) as journal,
         pytest.raises(JournalError, match="holds streams of model 'pump', which is not served"),
@@ -691,12 +691,12 @@ def test_streams_of_a_model_that_is_not_served_are_not_dropped(tmp_path: Path) -
         journal.stamp({"valve": stamp}, accept_drift=True)
 
 
-def _put_stream(journal: Journal, transaction: Any) -> None:
+def _put_stream(journal: Journal, transaction: Any, version: str) -> None:
     import msgspec
 
     from recurd.journal import _entry, _Identity
 
-    identity = _Identity("local", "s", "pump", "a", 1, 60.0, "")
+    identity = _Identity("local", "s", "pump", version, 1, 60.0, "")
     transaction.put(*_entry((7).to_bytes(8), msgspec.msgpack.encode(identity)), db=journal._streams)
 
 

@@ -12,11 +12,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
+import onnx
 import pytest
 
 import recurd
 from process import Process, eventually
+from recurd.contract import attach
 from recurd.errors import Broken, ExitCode, Refused
 from recurrent import Array, Network
 
@@ -470,6 +473,38 @@ def test_streams_finish_on_their_version_when_the_file_was_replaced_while_the_da
 
     np.testing.assert_allclose(results[0], truth(OLD, draw(1), draw(2))[5:], **CLOSE)
     np.testing.assert_allclose(results[1], truth(NEW, draw(1)), **CLOSE)
+
+
+def test_streams_finish_on_their_heads_over_a_restart_though_the_new_file_has_the_same_weights(tmp_path: Path) -> None:
+    two_heads = Network(last=True)
+    put(two_heads, tmp_path / "pump.onnx")
+    with durable(tmp_path) as daemon:
+        daemon.ready()
+        with connect(tmp_path) as client:
+            assert set(client.open("s").push(draw(1))) == {"output", "final"}
+            put_with_one_head(two_heads, tmp_path / "pump.onnx")
+            assert reloaded(tmp_path)["outcome"] == "finish"
+        daemon.stop(signal.SIGKILL)
+    with durable(tmp_path) as daemon, connect(tmp_path) as client:
+        daemon.ready()
+        result = client.open("s", mode="resume").push(draw(2))
+        assert set(result) == {"output", "final"}
+        np.testing.assert_allclose(result["output"], truth(two_heads, draw(1), draw(2))[5:], **CLOSE)
+        assert isinstance(client.open("t").push(draw(1)), np.ndarray)
+
+
+def put_with_one_head(network: Network, path: Path) -> None:
+    """The same network, of which less is told."""
+    model = network.model()
+    contract = network.contract(model)
+    contract = msgspec.structs.replace(contract, heads=contract.heads[:1], proof=None)
+    name = contract.heads[0].name
+    del model.graph.output[[output.name for output in model.graph.output].index("final")]
+    proof = network.golden(network.contract(network.model()))
+    golden = msgspec.structs.replace(proof.golden, outputs={name: proof.golden.outputs[name]})
+    attach(model, msgspec.structs.replace(contract, proof=msgspec.structs.replace(proof, golden=golden)))
+    onnx.save(model, path.with_suffix(".new"))
+    os.replace(path.with_suffix(".new"), path)
 
 
 def test_streams_whose_version_is_not_there_any_more_are_not_gone_on_with_unless_drift_is_accepted(
