@@ -7,6 +7,7 @@ on where this one ended.
 
 import contextlib
 import secrets
+import socket
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -25,6 +26,8 @@ _POLL_SECONDS = 0.005
 
 #: Names of streams in a sentence, at most.
 _MAX_NAMES = 10
+#: Addresses that mean another daemon on every machine.
+_LOCAL = ("ipc:", "tcp://127.", "tcp://localhost:", "tcp://[::1]:")
 
 #: Streams moved, and how many there are in all.
 Progress = Callable[[int, int], None]
@@ -66,11 +69,7 @@ class Drain:
         """``server_key``: the target's public key, for clients that it authenticates itself to."""
         self._source = source
         self._target = target
-        self._redirect: dict[str, Any] = {
-            "endpoint": target.endpoint,
-            "server_key": server_key,
-            "origin": target.welcome.origin,
-        }
+        self._server_key = server_key
         self._accept_drift = accept_drift
         self._timeout_seconds = timeout_seconds
         self._progress = progress or _ignore
@@ -91,14 +90,19 @@ class Drain:
         """Move until nothing is left. Raises :class:`DrainError`, :class:`Refused` or :class:`Unanswered`."""
         if self._source.welcome.epoch == self._target.welcome.epoch:
             raise DrainError(f"{self._source.endpoint} and {self._target.endpoint} are the same daemon")
+        for daemon in (self._source, self._target):
+            if not daemon.welcome.origin:
+                raise DrainError(f"{daemon.endpoint} is of a version that this command does not know how to drain")
         begin = self._advanced_at = time.monotonic()
         try:
+            self._check_ways()
             self._settle_former()
             while not self._is_empty():
                 if not self._move(secrets.token_hex(8)):
                     raise DrainError(f"{counted(len(self._staying))} cannot move to {self._target.endpoint}")
             # Nothing is to come any more, and what had moved from there to here and has ended since may begin anew.
             self._target.ask("drained", endpoint=self._source.endpoint, origin=self._source.welcome.origin)
+            self._is_expected = False
             there, _ = self._target.ask("groups")
         except BaseException as error:
             error.add_note(f"{counted(self._moved + self._settled)} moved to {self._target.endpoint}")
@@ -106,7 +110,7 @@ class Drain:
                 error.add_note(self._why_some_stay())
             if self._is_expected:
                 error.add_note(
-                    f"no stream begins there that it does not know, until this drain is finished "
+                    f"no stream begins at {self._target.endpoint} that it does not know, until this drain is finished "
                     f"(or 'recurd drain --cancel --endpoint {self._target.endpoint}' says that it never will be)"
                 )
             raise
@@ -122,9 +126,41 @@ class Drain:
 
     def _is_empty(self) -> bool:
         """Whether no stream is left; then whoever asks for one there is sent on from now on."""
-        left: int = self._source.ask("redirect", **self._redirect)[0]["left"]
+        if not self._source.ask("groups")[0]["streams"]:
+            self._expect(is_empty=True)  # first, or each of the two might send whoever asks to the other
+        left: int = self._source.ask("redirect", **self._there)[0]["left"]
         self._progress(self._moved, self._moved + left)
         return not left
+
+    @property
+    def _there(self) -> dict[str, Any]:
+        """Where streams go, as it is remembered with them."""
+        target = self._target
+        return {"endpoint": target.endpoint, "server_key": self._server_key, "origin": target.welcome.origin}
+
+    def _expect(self, *, is_empty: bool = False) -> None:
+        """From now on some are here and some are there: who asks there for one that is here must not begin it anew."""
+        before, self._is_expected = self._is_expected, True  # also when the answer is lost
+        endpoint, origin = self._source.endpoint, self._source.welcome.origin
+        machine = socket.gethostname() if endpoint.startswith(_LOCAL) else None
+        try:
+            self._target.ask("expect", endpoint=endpoint, machine=machine, origin=origin, is_empty=is_empty)
+        except Refused as refusal:
+            self._is_expected = before
+            raise DrainError(f"{self._target.endpoint} takes none: {refusal.text}") from refusal
+
+    def _check_ways(self) -> None:
+        """A daemon that streams come back to has to know where they all are."""
+        here, there = self._source.ask("groups")[0], self._target.ask("groups")[0]
+        came_from_there = [there["sent_on"], *there["gone_to"]]
+        if not any(way is not None and _is_to(self._source, way) for way in came_from_there):
+            return
+        others = sorted({way[0] for way in here["gone_to"] if not _is_to(self._target, way)})
+        if others:
+            raise DrainError(
+                f"streams of {self._source.endpoint} have gone on to {' and '.join(others)}, of which "
+                f"{self._target.endpoint} would know nothing: drain these back to {self._source.endpoint} first"
+            )
 
     def _settle_former(self) -> None:
         """Decide about what a drain before has left there undecided, as the source says."""
@@ -161,7 +197,7 @@ class Drain:
         report, _ = self._source.ask("gather", group=id, fence=True, limit=GROUP_STREAMS, staying=list(self._staying))
         self._leaving = report["streams"]
         if not self._leaving:
-            if self._staying and report["left"] == report["staying"]:
+            if self._staying and report["left"] == report["in_no_group"]:
                 return False
             self._wait_for_others(report["left"])
             return True
@@ -172,10 +208,10 @@ class Drain:
                 self._source.ask("lift", group=id)
                 self._target.ask("drop", group=id)
                 return True
-        # From now on some are here and some are there: who asks there for one that is here must not begin it anew.
-        self._is_expected = True
-        self._target.ask("expect", source=self._source.endpoint, origin=self._source.welcome.origin)
-        released, _ = self._source.ask("release", group=id, **self._redirect)
+        self._expect()
+        released, _ = self._source.ask("release", group=id, **self._there)
+        if released["fate"] == "unknown":
+            raise DrainError(f"{self._source.endpoint} was started afresh meanwhile")
         if released["fate"] != "released":
             raise DrainError(
                 f"{self._source.endpoint} has taken its streams back: nothing was heard of us for too long"
@@ -246,6 +282,12 @@ class Drain:
                 error.add_note(f"{self._source.endpoint} knows nothing of the last group any more; it stays undecided")
         except (RecurdError, OSError) as trouble:
             error.add_note(f"the last group is not decided about ({trouble}): the next drain does that, and counts it")
+
+
+def _is_to(daemon: Remote, way: list[Any]) -> bool:
+    """Whether a way, an endpoint and perhaps an origin, leads to a daemon."""
+    endpoint, origin, *_ = way
+    return bool(endpoint == daemon.endpoint or origin == daemon.welcome.origin)
 
 
 def counted(streams: int) -> str:

@@ -50,12 +50,12 @@ class Durable:
         self._journal = Journal(Path(durability.directory), durability.mode)
         try:
             self._take_up(models, accept_drift=durability.accept_drift)
-            self._origin = self._journal.origin(engine.epoch)
+            origin = self._journal.origin(engine.epoch)
         except BaseException:
             self._journal.close()
             raise
         engine.keep_in(self._journal)
-        engine.go_on_from(self._origin)
+        engine.go_on_from(origin)
         self._held: list[tuple[bytes, bytes]] = []
         self._retry_at = 0.0
 

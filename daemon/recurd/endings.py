@@ -1,6 +1,6 @@
 """How streams ended, so that who comes late is told why instead of "unknown"."""
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -72,6 +72,8 @@ class Endings:
         # Those that are served elsewhere, apart: one that is forgotten would begin here a second time.
         self._moved = _Memory(max_moved, of_each=True)
         self._by_name: dict[tuple[str, str], int] = {}
+        #: How many of them went where: by endpoint and origin.
+        self.gone_to: Counter[tuple[str, str | None]] = Counter()
 
     def of(self, tenant: str, handle: int) -> Ended | None:
         """How a tenant's stream of this handle ended, when it is remembered."""
@@ -85,14 +87,17 @@ class Endings:
     def add(self, handle: int, ended: Ended) -> list[int]:
         """Remember one, as the last one of its name; the handles whose endings are forgotten for it."""
         for memory in (self._ended, self._moved):  # one that has moved may have come back and ended here
-            memory.drop(ended.tenant, handle)
+            self._forgotten(memory.drop(ended.tenant, handle))
         self._by_name[ended.tenant, ended.name] = handle
         memory = self._ended if ended.redirect is None else self._moved
         memory.add(handle, ended)
+        if ended.redirect is not None:
+            self.gone_to[ended.redirect.endpoint, ended.redirect.origin] += 1
         forgotten = []
         while memory.is_too_full(ended.tenant):
             handle, oldest = memory.forget(ended.tenant)
             self._forget_name(handle, oldest)
+            self._forgotten(oldest)
             forgotten.append(handle)
         return forgotten
 
@@ -107,9 +112,16 @@ class Endings:
             if ended.redirect is not None and ended.redirect.goes_to(endpoint, origin)
         ]
         for handle, ended in gone:
-            self._moved.drop(ended.tenant, handle)
+            self._forgotten(self._moved.drop(ended.tenant, handle))
             self._forget_name(handle, ended)
         return [handle for handle, _ in gone]
+
+    def _forgotten(self, ended: Ended | None) -> None:
+        if ended is not None and ended.redirect is not None:
+            where = ended.redirect.endpoint, ended.redirect.origin
+            self.gone_to[where] -= 1
+            if not self.gone_to[where]:
+                del self.gone_to[where]
 
     def _forget_name(self, handle: int, ended: Ended) -> None:
         if self._by_name.get((ended.tenant, ended.name)) == handle:
@@ -146,11 +158,13 @@ class _Memory:
         self._by_tenant.setdefault(ended.tenant, OrderedDict())[handle] = ended
         self._count += 1
 
-    def drop(self, tenant: str, handle: int) -> None:
-        """Forget one, if it is here."""
+    def drop(self, tenant: str, handle: int) -> Ended | None:
+        """Forget one; ``None`` where it is not here."""
         endings = self._by_tenant.get(tenant)
-        if endings is not None and endings.pop(handle, None) is not None:
+        ended = None if endings is None else endings.pop(handle, None)
+        if ended is not None:
             self._count_out(tenant)
+        return ended
 
     def forget(self, latest: str) -> tuple[int, Ended]:
         """Forget the oldest ending of a tenant that has more than its part: the ``latest`` one, if that has."""

@@ -533,7 +533,7 @@ class Engine:
 
     def expect(self, sources: dict[str, str]) -> None:
         """Begin no stream that may be one of these daemons', as before the start: out of the journal."""
-        self._moving.expect(sources)
+        self._moving.restore_expected(sources)
 
     def to_save(self) -> Saving | None:
         """What changed since the last :meth:`saved`; nothing that was put out may be sent before it is saved."""

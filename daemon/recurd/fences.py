@@ -31,6 +31,8 @@ FENCE_SECONDS = 10.0
 _RETRY_SECONDS = 0.05
 #: When somebody asks again for a stream that may be on its way here: a drain that was cut off may take long to go on.
 _EXPECTED_RETRY_SECONDS = 0.5
+#: Streams of which it is remembered that they are not to come; others are waited for.
+_MAX_ENDED = 100_000
 #: Groups whose fate is remembered.
 _MAX_FATES = 10_000
 #: What an operator calls a group; it is remembered, logged and told to clients.
@@ -82,11 +84,13 @@ class Fences:
         self._groups: dict[str, Group] = {}
         #: What became of groups that are no more: ``released``, ``lifted``, ``admitted`` or ``dropped``.
         self._fates: OrderedDict[str, str] = OrderedDict()
-        #: Where every stream is that is not known here; ``None`` as long as this daemon takes new ones.
+        #: Where every stream is that is not known here; ``None``: nobody is sent on.
         self.redirect: Redirect | None = None
-        #: Daemons that some streams have come from, and more are to come, by origin, with the endpoint that they were
-        #: named by: what is not known here may be there still.
+        #: Daemons whose streams are coming, by origin, with the endpoint they were named by: what is not known here
+        #: may be there still.
         self.expected: dict[str, str] = {}
+        #: Tenants and names of streams that have ended here since: they are not there.
+        self._ended: set[tuple[str, str]] = set()
 
     def get(self, id: str, now: float) -> Group | None:
         """A group, whose operator has just been heard of."""
@@ -154,17 +158,31 @@ class Fences:
         stream.fence = None
         return True
 
-    def check_new(self, name: str, peer: Peer, *, is_known: bool) -> None:
-        """Raises :class:`Refused` (``busy``, ``moved``) where no stream may begin on a connection.
+    def expect(self, sources: dict[str, str]) -> None:
+        """Streams of these daemons, endpoints by origin, are coming."""
+        if sources.keys() - self.expected.keys() or not sources:
+            self._ended.clear()
+        self.expected = sources
 
-        ``is_known``: that one of this name has ended here, so it cannot be elsewhere.
-        """
+    def note_end(self, tenant: str, name: str) -> None:
+        """A stream has ended here."""
+        if self.expected and len(self._ended) < _MAX_ENDED:
+            self._ended.add((tenant, name))
+
+    def may_come(self, tenant: str, name: str) -> bool:
+        """Whether a stream that is not here may be one that is to come."""
+        return bool(self.expected) and (tenant, name) not in self._ended
+
+    def check_new(self, name: str, peer: Peer) -> None:
+        """Raises :class:`Refused` (``busy``, ``moved``) where no stream may begin on a connection."""
         if peer.fence is not None:
             raise peer.fence.refusal(name)
         if self.redirect is not None:
             raise self.redirect.error(name)
-        if self.expected and not is_known:
-            text = (
-                f"stream '{name}' may be one that is to come from another daemon: a drain to this one is not finished"
-            )
-            raise Refused(Code.BUSY, text, retry_after_seconds=_EXPECTED_RETRY_SECONDS)
+        if self.may_come(peer.tenant, name):
+            raise Refused(Code.BUSY, may_come(name), retry_after_seconds=_EXPECTED_RETRY_SECONDS)
+
+
+def may_come(name: str) -> str:
+    """Why no stream of this name begins here."""
+    return f"stream '{name}' may be one that is to come from another daemon: a drain to this one is not finished"

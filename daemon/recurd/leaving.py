@@ -25,6 +25,8 @@ _ANSWER_BYTES = 96
 #: They are remembered with every stream that has left.
 Endpoint = Annotated[str, msgspec.Meta(min_length=1, max_length=512)]
 Key = Annotated[str, msgspec.Meta(max_length=64)]
+#: See :class:`recurd.wire.Welcome`.
+Origin = Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
 
 
 class _Gather(msgspec.Struct, frozen=True):
@@ -53,7 +55,7 @@ class _Release(msgspec.Struct, frozen=True):
     group: GroupId
     endpoint: Endpoint
     server_key: Key | None = None
-    origin: Key | None = None
+    origin: Origin | None = None
 
 
 class Leaving:
@@ -89,12 +91,12 @@ class Leaving:
                 self._close(group)
             if streams:
                 self._fences.add(group, now)
+        is_last = wanted.fence and not group.streams
+        in_no_group = sum(stream.fence is None for stream in self._streams.all()) if is_last else None
         return {
             "streams": len(group.streams),
             "left": len(self._streams),
-            "staying": 0
-            if group.streams or not wanted.fence
-            else sum(stream.fence is None for stream in self._streams.all()),
+            "in_no_group": in_no_group,
             "former": sum(stream.lane.is_former for stream in group.streams),
             "stamps": [ModelStamp(lane.name, lane.stamp) for lane in {stream.lane: None for stream in group.streams}],
         }, b""

@@ -14,7 +14,7 @@ from recurd import wire
 from recurd.config import Config
 from recurd.endings import Redirect
 from recurd.errors import Broken, Code, Refused
-from recurd.fences import Fences
+from recurd.fences import Fences, may_come
 from recurd.lane import Lane, Room
 from recurd.peers import Outbox, Peer, Peers
 from recurd.saving import SavedAnswer, SavedStream, Unsaved, answer
@@ -295,7 +295,7 @@ class Lifecycle:
         ending = self._streams.ending(peer.tenant, name)
         if ending is not None and ending.redirect is not None:
             raise ending.redirect.error(name)
-        self._fences.check_new(name, peer, is_known=ending is not None)
+        self._fences.check_new(name, peer)
 
     def _models(self, rights: Tenant) -> list[str]:
         """Those a tenant may use; it is not told of others."""
@@ -397,8 +397,8 @@ class Lifecycle:
         if ending is not None and ending.redirect is not None:
             # Told that it has moved, the client would take its own stream for moved and follow.
             raise Refused(Code.EXISTS, f"there is a stream '{name}' already, at {ending.redirect.endpoint}")
-        if ending is None and self._fences.expected:  # not to be waited for: what comes behind it is not held up
-            raise Refused(Code.EXISTS, f"stream '{name}' may be one that is to come from another daemon, by a drain")
+        if self._fences.may_come(peer.tenant, name):  # not busy: a clone that waits would hold up its stream
+            raise Refused(Code.EXISTS, may_come(name))
         self.check_room(source.lane, peer.tenant)
 
     def reserve(self, source: Stream, name: str) -> None:
@@ -533,6 +533,8 @@ class Lifecycle:
         lane = stream.lane
         ended, endings_gone = self._streams.end(stream, code, redirect)
         self._unsaved.end(stream, ended, endings_gone)
+        if redirect is None:
+            self._fences.note_end(stream.tenant, stream.name)
         lane.retain(-sum(len(payload) for _, _, (_, payload) in stream.answers), stream.share)
         for chunk in self.take_queue(stream):
             if stream.peer is not None:

@@ -28,7 +28,7 @@ from recurd.arriving import Arriving
 from recurd.endings import Redirect
 from recurd.errors import Code, Refused
 from recurd.fences import Fences, OfGroup
-from recurd.leaving import Endpoint, Key, Leaving
+from recurd.leaving import Endpoint, Key, Leaving, Origin
 from recurd.lifecycle import Lifecycle
 from recurd.peers import Outbox, Peers
 from recurd.saving import Unsaved
@@ -42,21 +42,25 @@ if TYPE_CHECKING:
 
 class _Expect(msgspec.Struct, frozen=True):
     #: ``None``: nothing is expected from anywhere.
-    source: Endpoint | None = None
-    origin: Key = ""
+    endpoint: Endpoint | None = None
+    #: Where that is its address; ``None``: everywhere.
+    machine: Endpoint | None = None
+    origin: Origin = "-"
+    #: It has no stream left: what has moved there from here is not there any more.
+    is_empty: bool = False
 
 
 class _Redirect(msgspec.Struct, frozen=True):
     #: ``None``: take streams again.
     endpoint: Endpoint | None = None
     server_key: Key | None = None
-    origin: Key | None = None
+    origin: Origin | None = None
 
 
 class _Drained(msgspec.Struct, frozen=True):
     endpoint: Endpoint
     #: ``None`` where only its address is known.
-    origin: Key | None = None
+    origin: Origin | None = None
 
 
 class Moving:
@@ -117,24 +121,41 @@ class Moving:
         }
 
     def _expect(self, request: Request, now: float) -> tuple[Any, bytes]:
-        """Streams of another daemon are to come: take them, and begin none here that is not known. Or none are."""
+        """Streams of another daemon are coming: take them, and begin none here that is not known. Or none are."""
         wanted = request.read(_Expect)
-        if wanted.source is None:
-            self._await({})
-        else:
-            self._await(self._fences.expected | {wanted.origin: wanted.source})
-            self._send_on(None)
+        if wanted.endpoint is None:
+            self._set_expected({})
+            return {"expected": {}}, b""
+        self._check_drained(wanted.endpoint, wanted.origin)
+        source = wanted.endpoint + (f" on {wanted.machine}" if wanted.machine is not None else "")
+        self._set_expected(self._fences.expected | {wanted.origin: source})
+        self._send_on(None)
+        if wanted.is_empty:
+            self._forget_moved(wanted.endpoint, wanted.origin)
         return {"expected": self._fences.expected}, b""
 
-    def _await(self, sources: dict[str, str]) -> None:
-        if sources != self._fences.expected:
-            self.expect(sources)
-            self._unsaved.expect(sources)
-            self._log.info("streams_expected", sources=list(sources.values()))
+    def _check_drained(self, endpoint: str, origin: str | None) -> None:
+        """Raises :class:`Refused` where all were sent to another daemon than that: streams have begun there since."""
+        redirect = self._fences.redirect
+        if redirect is not None and not redirect.goes_to(endpoint, origin):
+            raise Refused(
+                Code.BAD_REQUEST,
+                f"this daemon was drained to {redirect.endpoint}, and sends everybody there; to let it take streams "
+                f"again: 'recurd drain --cancel', with --drained {redirect.endpoint} if none is left there",
+            )
 
-    def expect(self, sources: dict[str, str]) -> None:
-        """Begin no stream that is not known while streams of these daemons, endpoints by origin, are to come."""
-        self._fences.expected = sources
+    def _set_expected(self, sources: dict[str, str]) -> None:
+        if sources != self._fences.expected:
+            self.restore_expected(sources)
+            self._unsaved.expect(sources)
+            if sources:
+                self._log.info("streams_expected", sources=list(sources.values()))
+            else:
+                self._log.info("streams_expected_no_more")
+
+    def restore_expected(self, sources: dict[str, str]) -> None:
+        """Streams of these daemons, endpoints by origin, are coming, as before the start."""
+        self._fences.expect(sources)
         self._stats.drains_unfinished = len(sources)
 
     def _redirect(self, request: Request, now: float) -> tuple[Any, bytes]:
@@ -144,15 +165,16 @@ class Moving:
         if wanted.endpoint is None:
             self._send_on(None)
             return {"left": left}, b""
+        self._check_drained(wanted.endpoint, wanted.origin)
         others = [source for origin, source in self._fences.expected.items() if origin != wanted.origin]
         if others:
             raise Refused(
                 Code.BAD_REQUEST,
                 f"a drain from {' and '.join(others)} to this daemon is not finished: finish it first, or say that it "
-                f"never will be ('recurd drain --cancel')",
+                f"never will be ('recurd drain --cancel', to this daemon)",
             )
         if not left:
-            self._await({})  # what was to come is asked for there from now on
+            self._set_expected({})  # what was to come is asked for there from now on
             self._send_on(Redirect(wanted.endpoint, wanted.server_key, origin=wanted.origin))
         return {"left": left}, b""
 
@@ -166,20 +188,25 @@ class Moving:
     def _drained(self, request: Request, now: float) -> tuple[Any, bytes]:
         """A daemon has no stream left: none is to come from there, and nobody is sent there."""
         wanted = request.read(_Drained)
-        self._unsaved.forget(self._streams.forget_moved(wanted.endpoint, wanted.origin))
+        forgotten = self._forget_moved(wanted.endpoint, wanted.origin)
         if self._fences.redirect is not None and self._fences.redirect.goes_to(wanted.endpoint, wanted.origin):
             self._send_on(None)
         # Two daemons may have been named alike, each by a command on its own machine.
         gone = [
             origin
             for origin, source in self._fences.expected.items()
-            if (origin == wanted.origin if wanted.origin is not None else source == wanted.endpoint)
+            if origin == wanted.origin or (wanted.origin is None and source.partition(" on ")[0] == wanted.endpoint)
         ]
-        self._await({origin: source for origin, source in self._fences.expected.items() if origin not in gone})
-        return {}, b""
+        self._set_expected({origin: source for origin, source in self._fences.expected.items() if origin not in gone})
+        return {"forgotten": forgotten}, b""
+
+    def _forget_moved(self, endpoint: str, origin: str | None) -> int:
+        handles = self._streams.forget_moved(endpoint, origin)
+        self._unsaved.forget(handles)
+        return len(handles)
 
     def _groups(self, request: Request, now: float) -> tuple[Any, bytes]:
-        """Groups that have arrived here, daemons that more are to come from, and where all have gone."""
+        """Groups that have arrived here, daemons that more are to come from, where all have gone, and who is here."""
         held: dict[str, dict[str, Any]] = {}
         for group in self._fences.held():
             streams = list(group.members())
@@ -187,8 +214,14 @@ class Moving:
             if streams:
                 held[group.id] |= {"tenant": streams[0].tenant, "stream": streams[0].name}
         redirect = self._fences.redirect
-        sent_on = None if redirect is None else redirect.endpoint
-        return {"held": held, "expected": self._fences.expected, "sent_on": sent_on}, b""
+        gone_to = [[*where, count] for where, count in self._streams.gone_to.items()]
+        return {
+            "held": held,
+            "expected": self._fences.expected,
+            "sent_on": None if redirect is None else [redirect.endpoint, redirect.origin],
+            "gone_to": gone_to,
+            "streams": len(self._streams),
+        }, b""
 
     def _fate(self, request: Request, now: float) -> tuple[Any, bytes]:
         """What became of a group; asking changes nothing for it."""

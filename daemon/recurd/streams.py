@@ -6,7 +6,7 @@ time-out or failure. How it ended is remembered for a while, so that a late reco
 
 import heapq
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,8 @@ _TYPE, _FLAGS = 3, 4
 _NO_DATA = np.zeros(0)
 #: Ended streams that may stand in the order of expiry besides as many as live, before they are swept out of it.
 _EXPIRY_SLACK = 64
+#: Time-outs shorter than this come then: the clock may not tell less apart.
+_LEAST_IDLE_SECONDS = 1e-3
 
 
 class Kind(IntEnum):
@@ -246,6 +248,10 @@ def not_allowed(stream: Stream) -> Refused:
     return Refused(Code.FORBIDDEN, f"tenant '{stream.tenant}' may not have stream '{stream.name}' any more")
 
 
+def _expires_at(stream: Stream) -> float:
+    return stream.last_seen + max(stream.idle_timeout, _LEAST_IDLE_SECONDS)
+
+
 class Streams:
     """All streams, by handle and by name inside a tenant, the order in which they expire, and how ended ones ended."""
 
@@ -350,7 +356,7 @@ class Streams:
 
     def watch(self, stream: Stream) -> None:
         """Put a stream into the order of expiry."""
-        heapq.heappush(self._expiry, (stream.last_seen + stream.idle_timeout, stream.handle))
+        heapq.heappush(self._expiry, (_expires_at(stream), stream.handle))
 
     def of_lane(self, lane: "Lane") -> list[Stream]:
         """Streams that live on a lane (a scan of all)."""
@@ -394,6 +400,11 @@ class Streams:
         """Remember how a stream ended, as the last one of its name; the handles of those that are forgotten for it."""
         return self._endings.add(handle, ended)
 
+    @property
+    def gone_to(self) -> Mapping[tuple[str, str | None], int]:
+        """How many streams that are remembered have moved to which daemon: its endpoint and origin."""
+        return self._endings.gone_to
+
     def forget_moved(self, endpoint: str, origin: str | None) -> list[int]:
         """Forget which streams have moved to the daemon of that endpoint or origin: their handles."""
         return self._endings.forget_moved(endpoint, origin)
@@ -411,7 +422,7 @@ class Streams:
                 continue
             if stream.queue or stream.fence is not None:
                 stream.last_seen = max(now, stream.last_seen)
-            if stream.last_seen + stream.idle_timeout <= now:
+            if _expires_at(stream) <= now:
                 due.append(stream)
             else:
                 self.watch(stream)

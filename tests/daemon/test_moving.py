@@ -1,6 +1,8 @@
 """Streams that go from one daemon to another: open at one of them at most, whoever goes away when."""
 
+import contextlib
 import gc
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,7 +29,7 @@ from recurrent import Network
 
 PUMP = Network(layers=1, learned=True, counter=True)
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
-A, B = "tcp://127.0.0.1:7070", "tcp://127.0.0.1:7071"
+A, B = "tcp://a.example:7070", "tcp://b.example:7070"
 
 
 @pytest.fixture(scope="module")
@@ -552,7 +554,7 @@ _KEYS = st.dictionaries(
             "server_key",
             "lasting",
             "staying",
-            "source",
+            "is_empty",
             "origin",
         ]
     ),
@@ -829,7 +831,7 @@ def test_daemons_are_told_apart_however_their_addresses_are_spelled(here: Desk, 
     third = Desk({"pump": model}, epoch=b"thethird")
     third.connect("c").handle("third")
 
-    assert drain(third, there, A, B).expected == [A]  # as on its own machine the other one is called too
+    assert drain(third, there, A, B).expected == [A]  # as the other one is called where that was said
 
     assert there.connect("c").open("stays").code == "busy"
     assert drain(here, there, "tcp://localhost:7070", B).expected == []
@@ -844,10 +846,13 @@ def test_who_runs_it_may_say_that_nothing_more_comes(here: Desk, there: Desk) ->
     half_drained(here, there)
     operator, caller = Operator(there), there.connect("c")
     (origin,) = operator.ask("groups")["expected"]
-    third = {"source": "tcp://third:1", "origin": "3"}
-    assert operator.ask("expect", **third) == {"expected": {origin: A, "3": "tcp://third:1"}}
-    operator.ask("drained", endpoint="tcp://third:1")
-    assert operator.ask("expect", **third) == {"expected": {origin: A, "3": "tcp://third:1"}}
+    third = {"endpoint": "tcp://127.0.0.1:1", "machine": "third", "origin": "3"}
+    for _ in range(2):
+        named = "tcp://127.0.0.1:1 on third"
+        assert operator.ask("expect", **third) == {"expected": {origin: A, "3": named}}
+        operator.ask("drained", endpoint="tcp://127.0.0.1:1")
+        assert operator.ask("groups")["expected"] == {origin: A}
+    operator.ask("expect", **third)
     operator.ask("drained", endpoint=A)
     assert caller.open("new").code == "busy"
     assert operator.ask("expect") == {"expected": {}}
@@ -920,3 +925,101 @@ def test_a_daemon_that_lets_nobody_stay_is_not_asked_for_ever(here: Desk, there:
     there.connect("c").handle("x")
     with pytest.raises(DrainError, match="another one"):
         Drain(Former(here, A), At(there, B)).run()  # type: ignore[arg-type]
+
+
+# --- whatever is cut off ---
+
+
+class Severed(At):
+    """A connection that is lost for good with the so manieth command, before or after it is carried out."""
+
+    def __init__(self, desk: Desk, endpoint: str, commands: int, *, is_done: bool) -> None:
+        super().__init__(desk, endpoint)
+        self._left, self._is_done = commands, is_done
+
+    def ask(self, command: str, data: bytes = b"", **keys: Any) -> tuple[dict[str, Any], bytes]:
+        self._left -= 1
+        if self._left < 0 or (self._left == 0 and not self._is_done):
+            raise Unanswered("cut off")
+        answer = super().ask(command, data, **keys)
+        if self._left == 0:
+            raise Unanswered("cut off")
+        return answer
+
+
+class Site:
+    """Three daemons, and clients that know where their streams were last, or one of the daemons that have had some."""
+
+    def __init__(self, model: Model) -> None:
+        self.desks = {f"tcp://{name}:1": Desk({"pump": model}, epoch=name.encode() * 8) for name in ("a", "b", "c")}
+        self._known = ["tcp://a:1"]
+        self._at: dict[str, str] = {}
+        self._numbers = itertools.count()
+
+    def drain(self, source: str, target: str, cuts: tuple[int, int], is_done: bool) -> None:
+        ends = ((source, cuts[0]), (target, cuts[1]))
+        connections = [Severed(self.desks[end], end, cut, is_done=is_done) for end, cut in ends]
+        with contextlib.suppress(DrainError, Refused, Unanswered):
+            Drain(*connections, timeout_seconds=0.01).run()  # type: ignore[arg-type]
+        for desk in self.desks.values():
+            desk.now += 2 * FENCE_SECONDS
+            desk.run()
+        if self._open_at(target) and target not in self._known:
+            self._known.append(target)
+
+    def open(self, name: str, number: int, *, stays: bool, closes: bool) -> None:
+        """As a client does it: where it was last, or at a daemon that is known; it follows."""
+        at = self._at.get(name, self._known[0]) if number < 0 else self._known[number % len(self._known)]
+        group = {}
+        for _ in range(6):
+            caller = self.desks[at].connect(f"c{next(self._numbers)}")
+            reply = caller.ask(opening(name, **group))
+            if reply.code != "moved":
+                break
+            at, group = reply.body["endpoint"], {"group": reply.body["group"]} if "group" in reply.body else {}
+        assert reply.code in ("", "busy")
+        if reply.type == Type.OPENED:
+            self._at[name] = at
+            if closes:
+                caller.ask(closing(reply.header.handle))
+        if not stays:
+            self.desks[at].engine.disconnected(caller.routing_id)
+
+    def check(self) -> None:
+        """No stream is open at two daemons."""
+        open_ = [name for end in self.desks for name in self._open_at(end)]
+        assert len(open_) == len(set(open_)), open_
+
+    def _open_at(self, end: str) -> list[str]:
+        streams = self.desks[end].engine._streams.all()
+        return [stream.name for stream in streams if stream.fence is None or not stream.fence.is_held]
+
+
+_CUTS = st.one_of(st.just(1000), st.integers(1, 16))
+_ACTS = st.one_of(
+    st.tuples(st.just("open"), st.sampled_from("xyz"), st.integers(-1, 2), st.booleans(), st.booleans()),
+    st.tuples(
+        st.just("drain"),
+        st.permutations(["tcp://a:1", "tcp://b:1", "tcp://c:1"]),
+        st.tuples(_CUTS, _CUTS),
+        st.booleans(),
+    ),
+)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(acts=st.lists(_ACTS, max_size=16), streams=st.integers(1, 2))
+def test_however_drains_are_cut_off_a_stream_is_open_once_and_nobody_is_sent_in_a_circle(
+    model: Model, monkeypatch: pytest.MonkeyPatch, acts: list[tuple[Any, ...]], streams: int
+) -> None:
+    for name, value in {"GROUP_STREAMS": streams, "FENCE_SECONDS": 0.01, "_POLL_SECONDS": 0.0001}.items():
+        monkeypatch.setattr(f"recurd.drain.{name}", value)
+    site = Site(model)
+    for kind, *act in acts:
+        if kind == "drain":
+            (source, target, _), cuts, is_done = act
+            site.drain(source, target, cuts, is_done)
+        else:
+            name, number, stays, closes = act
+            site.open(name, number, stays=stays, closes=closes)
+        site.check()

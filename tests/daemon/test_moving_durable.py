@@ -147,7 +147,7 @@ def test_what_is_expected_is_expected_after_a_restart_until_it_has_come_or_never
         {"command": "redirect", "endpoint": A, "origin": "a"},
     ):
         with Daemon(folders[1], models[1]) as there:
-            Operator(there).ask("expect", source=A, origin="a")
+            Operator(there).ask("expect", endpoint=A, origin="a")
         assert expected()
         with Daemon(folders[1], models[1]) as there:
             Operator(there).ask("drained", endpoint=B)

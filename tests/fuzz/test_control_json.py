@@ -68,7 +68,7 @@ COMMANDS: dict[str, dict[str, Any]] = {
     "export": GROUP | {"start": 0, "max_bytes": 100_000, "limit": 2},
     "release": GROUP | {"endpoint": "tcp://127.0.0.1:1", "server_key": None},
     "lift": GROUP,
-    "expect": {"source": None, "origin": "0"},
+    "expect": {"endpoint": None, "machine": None, "origin": "0", "is_empty": True},
     "redirect": {"endpoint": None, "server_key": None, "origin": None},
     "drained": {"endpoint": "tcp://127.0.0.1:2", "origin": None},
     "import": GROUP | {"stamps": [], "accept_drift": True, "lasting": False},

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -177,7 +178,13 @@ def test_clients_follow_two_hundred_streams_and_every_bit_is_as_if_nothing_had_h
         client.open("new", model="pump")
     assert "new" in streams_of(there.endpoint, tmp_path)
     cancelled = subprocess.check_output(command("drain", "--endpoint", here.endpoint, "--cancel", "--json"))
-    assert json.loads(cancelled) == {"endpoint": here.endpoint, "takes_streams": True, "streams": 0, "not_expected": []}
+    assert json.loads(cancelled) == {
+        "endpoint": here.endpoint,
+        "takes_streams": True,
+        "streams": 0,
+        "not_expected": [],
+        "forgotten": 0,
+    }
     assert here.stop(signal.SIGTERM) == 0
 
 
@@ -362,7 +369,10 @@ def test_who_opens_at_the_new_daemon_what_is_still_at_the_old_one_gets_that_one_
     assert f"{GROUP_STREAMS} streams moved to {there.endpoint}" in interrupt.value.__notes__
     left = min(streams_of(here.endpoint, tmp_path))
     shown = run("state", "held", "--endpoint", there.endpoint).stdout
-    assert f"more are to come from {here.endpoint}; until then no new stream begins here" in shown
+    assert (
+        f"more are to come from {here.endpoint} on {socket.gethostname()}; until then no new stream begins here"
+        in shown
+    )
 
     with recurd.connect(there.endpoint) as client, ThreadPoolExecutor() as others:
         opened = others.submit(client.open, left, model="pump")
@@ -385,8 +395,9 @@ def test_who_gives_a_drain_up_is_told_what_that_changes(daemons: tuple[Process, 
     assert run(*cancel).stdout == f"{there} takes new streams as before\n"
     with Remote(there) as remote:
         for source, origin in ((here, "1"), ("tcp://other:1", "2")):
-            remote.ask("expect", source=source, origin=origin)
+            remote.ask("expect", endpoint=source, origin=origin)
         assert run(*cancel, "--drained", here).stdout == (
+            f"0 streams that had moved to {here} may begin at {there} again\n"
             f"{there} expects no more streams from {here}\n"
             f"{there} takes no new streams, as a drain from tcp://other:1 is not finished\n"
         )

@@ -17,7 +17,7 @@ Examples:
   recurd drain --cancel --endpoint tcp://10.0.0.2:7070
                                               also where a drain to it was cut off
   recurd drain --cancel --drained tcp://10.0.0.2:7070
-                                              also those that had moved there
+                                              and anew those that had moved there
 \b
 Run it while both daemons serve. Clients follow by themselves, so --to is the address as they reach it; nothing is lost
 and nothing runs twice. The daemon that is drained goes on running, without streams, and sends everybody on who comes:
@@ -39,12 +39,12 @@ Exit codes: 0 all streams have moved, 1 not all of them (the sentence says why; 
 @click.option(
     "--cancel",
     is_flag=True,
-    help="Let a daemon take new streams again: one that was drained, or that a drain to it has not finished.",
+    help="Let the daemon begin new streams again: after it was drained, or where a drain to it will not be finished.",
 )
 @click.option(
     "--drained",
     callback=checked,
-    help="With --cancel: a daemon that has no stream any more (drained, or gone for good); send nobody there.",
+    help="With --cancel: a daemon without streams, or gone for good; nobody is sent there, and none come from there.",
 )
 @click.option("--timeout", type=SECONDS, default=60.0, show_default=True, help="In seconds.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -115,16 +115,19 @@ def drain(
 def _cancel(source: Remote, drained: str | None, as_json: bool) -> None:
     before, _ = source.ask("groups")
     left = source.ask("redirect")[0]["left"]
+    forgotten = 0
     if drained is None:
         source.ask("expect")
     else:
-        source.ask("drained", endpoint=drained)
+        forgotten = source.ask("drained", endpoint=drained)[0]["forgotten"]
     after, _ = source.ask("groups")
     ended = [before["expected"][origin] for origin in before["expected"].keys() - after["expected"].keys()]
     if as_json:
         done = {"endpoint": source.endpoint, "takes_streams": not after["expected"], "streams": left}
-        click.echo(msgspec.json.encode(done | {"not_expected": ended}).decode())
+        click.echo(msgspec.json.encode(done | {"not_expected": ended, "forgotten": forgotten}).decode())
         return
+    if drained is not None:
+        click.echo(f"{counted(forgotten)} that had moved to {drained} may begin at {source.endpoint} again")
     again = "as before" if before["sent_on"] is None and not ended else "again"
     for endpoint in ended:
         click.echo(f"{source.endpoint} expects no more streams from {endpoint}")

@@ -157,7 +157,7 @@ def import_(
 @_ENDPOINT
 @with_keys
 @_TIMEOUT
-@click.option("--json", "as_json", is_flag=True, help="Print the groups as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print all that as JSON.")
 def held(
     admit: str | None,
     drop: str | None,
@@ -169,7 +169,7 @@ def held(
 ) -> None:
     """Show the groups of streams that have arrived with a drain and are closed until they are handed over.
 
-    And the daemons that more are to come from, by drains that are not finished.
+    And the daemons that more are to come from, by drains that are not finished, and where a drained daemon sends on to.
     """
     check_keys(key, server_key)
     if admit is not None and drop is not None:
@@ -202,6 +202,8 @@ def _show(report: dict[str, Any], *, as_json: bool) -> None:
         click.echo(
             f"more are to come from {' and '.join(report['expected'].values())}; until then no new stream begins here"
         )
+    if report["sent_on"] is not None:
+        click.echo(f"no stream is left here, and who opens one is sent on to {report['sent_on'][0]}")
 
 
 def _packed(parcels: list[Parcel], max_bytes: int) -> Iterator[tuple[int, bytes]]:
