@@ -452,7 +452,7 @@ class Engine:
         """A stream has nothing queued any more; some end then."""
         if stream.closing is not None:
             self._lifecycle.finish_close(stream)
-        elif stream.lane.is_ending:
+        elif self._versions.has_to_end(stream):
             if stream.untouched and self._versions.renew(stream):
                 self._unsaved.note(stream)  # or the next start would ask for the former file
                 self._lifecycle.went_over(stream)
@@ -583,7 +583,7 @@ class Engine:
         if self._halted is not None:
             return None
         if (
-            self._versions.has_to_end
+            self._versions.are_due
             or self._lifecycle.has_to_expire
             or any(len(lane.scheduler) and not lane.busy for lane in self._turns)
         ):

@@ -15,6 +15,7 @@ from recurd.lifecycle import Lifecycle
 from recurd.peers import Outbox, Peers
 from recurd.saving import ModelStamp, Parcel, SavedStream, Unsaved, is_fresh
 from recurd.streams import Stream, Streams
+from recurd.versions import Versions
 
 if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
@@ -70,6 +71,7 @@ class Leaving:
         outbox: Outbox,
         unsaved: Unsaved,
         lifecycle: Lifecycle,
+        versions: Versions,
         log: "FilteringBoundLogger",
     ) -> None:
         self._streams = streams
@@ -78,6 +80,7 @@ class Leaving:
         self._outbox = outbox
         self._unsaved = unsaved
         self._lifecycle = lifecycle
+        self._versions = versions
         self._log = log
 
     def gather(self, request: Request, now: float) -> tuple[Any, bytes]:
@@ -211,6 +214,7 @@ class Leaving:
         """The streams of a group that was to leave stay."""
         for stream in group.members():
             stream.fence = None
+            self._versions.stays(stream)
         for peer in group.peers:
             peer.fence = None
         self._fences.end(group, "lifted")

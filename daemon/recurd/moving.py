@@ -91,6 +91,7 @@ class Moving:
             outbox=outbox,
             unsaved=unsaved,
             lifecycle=lifecycle,
+            versions=versions,
             log=log,
         )
         self._arriving = Arriving(

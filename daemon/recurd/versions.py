@@ -135,7 +135,7 @@ class Versions:
     # --- after that ---
 
     @property
-    def has_to_end(self) -> bool:
+    def are_due(self) -> bool:
         """Whether there are streams to be ended now."""
         return bool(self._to_end)
 
@@ -143,8 +143,18 @@ class Versions:
         """Some of the streams that have nothing queued and end because of a reload; the caller ends them."""
         for _ in range(min(_PIECE, len(self._to_end))):
             stream = self._to_end.pop()
-            if stream.lane.is_ending and not stream.ended and not stream.queue:
+            if not stream.ended and not stream.queue and self.has_to_end(stream):
                 yield stream
+
+    @staticmethod
+    def has_to_end(stream: Stream) -> bool:
+        """Whether a stream ends as soon as nothing is queued: not while it may live on elsewhere."""
+        return stream.lane.is_ending and (stream.fence is None or stream.fence.is_held)
+
+    def stays(self, stream: Stream) -> None:
+        """A stream that was to leave for another daemon does not."""
+        if stream.lane.is_ending:
+            self._to_end.append(stream)
 
     def renew(self, stream: Stream) -> bool:
         """Take a stream that is at a fresh start, and not in line, over to the present version, if it can be."""

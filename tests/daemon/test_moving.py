@@ -643,6 +643,30 @@ def test_streams_of_a_former_version_keep_only_themselves_from_moving(here: Desk
     assert (names(here), names(there)) == ({"old"}, {"new", "newer"})
 
 
+@pytest.mark.parametrize("leaves", [True, False])
+def test_a_reload_that_ends_streams_does_not_end_those_that_are_about_to_leave(
+    here: Desk, there: Desk, tmp_path: Path, leaves: bool
+) -> None:
+    caller, source = here.connect("c"), Operator(here)
+    handle = caller.handle("s")
+    caller.run(chunk(handle, 1, draw(1, 3)))
+    move(here, there, upto="import")
+    new = Network(layers=1, learned=True, counter=True, seed=8).save(tmp_path / "new.onnx")
+    here.engine.replace_model("pump", Model.load(new, slots=8, threads=1), "restart")
+    here.run()
+    assert names(here) == {"s"}
+    if leaves:
+        source.ask("release", group="g", endpoint=B)
+        assert [reply.code for reply in caller.take()] == ["", "moved"]  # behind the unasked WELCOME
+    else:
+        source.ask("lift", group="g")
+        here.run()
+        caller.take()
+        assert caller.ask(chunk(handle, 2, draw(1, 3))).code == "reloaded"
+    assert names(here) == set()
+    assert here.engine.deadline() != 0
+
+
 # --- the command, when answers to it are lost ---
 
 
