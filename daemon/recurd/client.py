@@ -138,7 +138,8 @@ class Client(Connection):
         """Open a stream of a model (which may be left out where the daemon serves only one).
 
         ``mode``: ``auto`` resumes the stream, or starts it when there is none; ``resume`` only resumes; ``new`` drops
-        what there was. ``idle_timeout_seconds``: how long the daemon keeps it without a chunk (its default: one day).
+        what there was. ``idle_timeout_seconds``: how long the daemon keeps it without a chunk, when it starts it (its
+        default: one day); a stream that is resumed keeps the time-out it has.
 
         Raises:
             Refused: the daemon did not open it; ``code`` says why.

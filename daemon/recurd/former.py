@@ -84,8 +84,21 @@ def _copy(source: Path, target: Path) -> None:
         return
     part = target.with_suffix(".part")
     try:
-        shutil.copyfile(source, part)
+        with source.open("rb") as original, part.open("wb") as copy:
+            shutil.copyfileobj(original, copy)
+            copy.flush()
+            os.fsync(copy.fileno())
         os.replace(part, target)
+        _sync(target.parent)
     except OSError:
         part.unlink(missing_ok=True)
         raise
+
+
+def _sync(folder: Path) -> None:
+    """Have the names in a folder survive the machine's death."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -172,6 +172,10 @@ class Connection:
             raise TypeError(f"a model's name is a string, not {model!r}")
         if mode not in get_args(Mode):
             raise ValueError(f"mode is one of {', '.join(get_args(Mode))}, not '{mode}'")
+        if idle_timeout_seconds is not None and not (
+            isinstance(idle_timeout_seconds, Real) and 0 < idle_timeout_seconds < math.inf
+        ):
+            raise ValueError(f"idle_timeout_seconds is a number over 0, or None, not {idle_timeout_seconds!r}")
         if model is None:
             if len(self.models) != 1:
                 raise ValueError(f"the daemon serves several models, name one: {', '.join(sorted(self.models))}")

@@ -45,7 +45,7 @@ class Remote:
         self._monitor = self._socket.get_monitor_socket(HANDSHAKE_EVENTS | zmq.EVENT_HANDSHAKE_SUCCEEDED)
         try:
             self._socket.connect(endpoint)
-            self.welcome = self._greet()
+            self.welcome = self._greet(time.monotonic() + timeout_seconds)
         except BaseException:
             self.close()
             raise
@@ -85,19 +85,18 @@ class Remote:
                 text, behind = wire.body_and_data(header, payload)
                 return wire.decode_body(text, dict[str, Any]), behind
             except _ConnectedAnew:
-                self.welcome = self._greet()
+                self.welcome = self._greet(end)
             except Refused as refusal:
                 if refusal.code is Code.HELLO_REQUIRED:
-                    self.welcome = self._greet()
+                    self.welcome = self._greet(end)
                     continue
                 pause = max(_LEAST_PAUSE_SECONDS, refusal.retry_after_seconds or 0)
                 if refusal.code is not Code.BUSY or time.monotonic() + pause >= end:
                     raise  # why it was busy says more than that there was no answer
                 time.sleep(pause)
 
-    def _greet(self) -> wire.Welcome:
+    def _greet(self, end: float) -> wire.Welcome:
         body = wire.Hello(client=f"recurd/{__version__}")
-        end = time.monotonic() + self._timeout_seconds
         while True:
             number = next(self._numbers)
             record = wire.control(wire.Type.HELLO, body, seq=number)

@@ -611,3 +611,12 @@ print(*sorted({"zmq", "numpy", "msgspec", "onnx", "onnxruntime", "torch", "prome
     environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=True)
     assert result.stdout.split() == ["msgspec", "numpy", "zmq"]
+
+
+@pytest.mark.parametrize("seconds", [0, -1, math.inf, math.nan, "60"])
+def test_an_idle_time_out_is_a_number(mute: Mute, seconds: Any) -> None:
+    with (
+        recurd.connect(mute.endpoint, timeout_seconds=20) as client,
+        pytest.raises(ValueError, match="over 0, or None"),
+    ):
+        client.open("s", idle_timeout_seconds=seconds)

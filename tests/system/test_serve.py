@@ -384,3 +384,17 @@ def test_sighup_changes_tenants_at_once_and_what_cannot_be_read_changes_nothing(
         assert "tenants.local.streams: expected `array`, got `int`" in daemon.log
         assert dealer.ask(opening("cellar")).code == "forbidden"
         assert daemon.stop(signal.SIGTERM) == 0
+
+
+def test_a_hangup_before_it_is_ready_ends_no_start(pump: Path, tmp_path: Path) -> None:
+    with serve(tmp_path, pump) as daemon:
+        handled = Path(f"/proc/{daemon.process.pid}/status")
+        hangup = 1 << (signal.SIGHUP - 1)
+
+        def is_taken() -> bool:
+            masks = dict(line.split(":\t") for line in handled.read_text().splitlines() if line.startswith("Sig"))
+            return bool((int(masks["SigIgn"], 16) | int(masks["SigCgt"], 16)) & hangup)
+
+        eventually(is_taken)
+        daemon.process.send_signal(signal.SIGHUP)
+        assert daemon.ready().get("/readyz")[0] == 200

@@ -1,5 +1,6 @@
 """``recurd serve``: flags over a configuration file, then the daemon."""
 
+import signal
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,7 @@ def serve(ctx: click.Context, /, check: bool, **flags: Any) -> None:
     Every other bound and time-out is a key of the configuration file. SIGHUP reads it again: tenants change at once.
     """
     read = partial(build_config, **flags)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until the server takes it: what it asks for is being read right now
     if check:
         from recurd import auth
 
