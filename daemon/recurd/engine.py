@@ -175,6 +175,9 @@ class Engine:
             else:
                 self._on_other(header, payload, peer, now)
         except (Refused, Broken) as error:
+            if isinstance(error, Refused) and error.retry_after_seconds and header.type in wire.RECORDS:
+                # Who waits as he was told is not idle.
+                self._streams.note_wait(header.handle, peer, now + error.retry_after_seconds)
             self._outbox.send_error(peer, header, error)
             error.__traceback__ = None  # it may be kept to be told again, and must not keep the frame
         except StartError:
@@ -546,6 +549,12 @@ class Engine:
             # Nobody could send anything: that time is no stream's idle time.
             self._streams.forgive(self._clock() - self._halted_since)
         self._halted = None
+
+    def stood_still(self, seconds: float) -> None:
+        """Nobody could be heard, or answered and go on, for so long: that is no stream's idle time, nor the pace."""
+        self._streams.forgive(seconds)
+        for lane in self._turns:
+            lane.scheduler.pace.pause()
 
     def halt(self, reason: str) -> None:
         """Nothing can be saved: refuse everything that would change a stream, until :meth:`saved`."""

@@ -45,6 +45,8 @@ if TYPE_CHECKING:
 
 #: Longest sleep of the loop: signals wake it, this bounds how late health and watchdog notice.
 _BEAT_SECONDS = 0.5
+#: A round that takes longer is a standstill.
+_STANDSTILL_SECONDS = 1.0
 #: What a thread sends that has something for the loop: the number of no signal.
 _WAKE = b"\0"
 #: How long the socket may go on sending answers after the loop has ended.
@@ -132,7 +134,7 @@ class Server:
         # shutdown
         self._stop_at: float | None = None
         # beat
-        self._next_beat = 0.0
+        self._next_beat = self._awake_at = self._slept = 0.0
         self._beat_seconds = min(_BEAT_SECONDS, (self._notifier.watchdog_seconds or 2 * _BEAT_SECONDS) / 2)
 
     def _open(self) -> zmq.Poller:
@@ -202,6 +204,7 @@ class Server:
         self._look_for_signal()
         if not self._stopped():
             self._announce()
+        self._awake_at = time.monotonic()
         while not self._stopped():
             self._wait()
             self._receive()
@@ -250,7 +253,10 @@ class Server:
         elif deadline is not None:
             # What has no fixed time to be done at has time until it is known who was heard.
             seconds = min(seconds, max(HEARING_SECONDS, deadline - time.monotonic())) if deadline else 0.0
-        for ready, _ in self._poller.poll(int(seconds * 1000 + 0.999)):
+        begin = time.monotonic()
+        came = self._poller.poll(int(seconds * 1000 + 0.999))
+        self._slept = min(time.monotonic() - begin, seconds)
+        for ready, _ in came:
             if ready == self._wakeup.fileno():
                 self._look_for_signal()
             elif self._gate is not None and ready is self._gate.socket:
@@ -258,6 +264,15 @@ class Server:
             elif self._publisher is not None and ready is self._publisher.socket:
                 self._publisher.take_subscriptions()
                 self._engine.publish(self._publisher.wanted)
+
+    def _notice_standstill(self, now: float) -> None:
+        """What passed since the last round, and was not slept, is no stream's idle time where it is long: a stopped
+        machine, a slow disk."""
+        stood_still = now - self._awake_at - self._slept
+        self._awake_at = now
+        if stood_still >= _STANDSTILL_SECONDS:
+            self._log.warning("stood_still", seconds=round(stood_still, 3))
+            self._engine.stood_still(stood_still)
 
     def _receive(self) -> None:
         """Feed the engine what has come."""
@@ -273,7 +288,9 @@ class Server:
             self._health.phase = Phase.FULL if self._engine.full else Phase.READY
 
     def _run_tick(self) -> None:
-        tick = self._engine.take_tick(time.monotonic(), self._intake.heard_until)
+        now = time.monotonic()
+        self._notice_standstill(now)
+        tick = self._engine.take_tick(now, self._intake.heard_until)
         if tick is None:
             return
         lane = tick.lane

@@ -428,6 +428,12 @@ class Streams:
                 self.watch(stream)
         return due
 
+    def note_wait(self, handle: int, peer: "Peer", until: float) -> None:
+        """The peer of a stream was told to send a record again then."""
+        stream = self._by_handle.get(handle)
+        if stream is not None and stream.peer is peer:
+            stream.last_seen = max(stream.last_seen, until)
+
     def forgive(self, seconds: float) -> None:
         """Let all idle time-outs come so much later (a scan of all streams)."""
         for stream in self._by_handle.values():

@@ -282,6 +282,20 @@ def test_a_rate_that_is_used_up_is_not_given_anew_when_rights_are_read_again(ope
     assert caller.run(chunk(handle, seq, draw()))[0].type == Type.RESULT
 
 
+def test_a_stream_that_waits_as_it_was_told_does_not_expire(open_desk: OpenDesk) -> None:
+    size = draw(10).nbytes
+    desk = open_desk(a=Tenant(limits=TenantLimits(bytes_per_second=size / 100)))
+    caller = desk.connect(tenant="a")
+    handle = caller.handle("s", idle_timeout_seconds=10)
+    caller.run(chunk(handle, 1, draw(10)))
+    seconds = caller.ask(chunk(handle, 2, draw(10))).body["retry_after_seconds"]
+    assert seconds > 10
+    for more, expired in ((seconds + 9, 0), (1, 1)):
+        desk.now += more
+        desk.tick()
+        assert desk.stats.streams_ended["expired"] == expired
+
+
 def test_a_tenant_that_is_given_a_higher_rate_does_not_wait_as_at_the_old_one(open_desk: OpenDesk) -> None:
     size = draw(10).nbytes
     desk = open_desk(a=Tenant(limits=TenantLimits(bytes_per_second=size / 1000)))

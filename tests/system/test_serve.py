@@ -62,12 +62,15 @@ async def test_streams_whose_clients_were_there_all_the_time_outlive_a_standstil
             streams = await asyncio.gather(*[client.open(name, idle_timeout_seconds=2) for name in ["idle", *names]])
             idle = streams.pop(0)
             await client.push_many({stream: draw(1) for stream in streams})
-            daemon.process.send_signal(signal.SIGSTOP)
             futures = await client.submit_many({stream: draw(1) for stream in streams})  # more than one round reads
-            assert not (await asyncio.wait(futures.values(), timeout=2.2))[0]
+            await asyncio.wait(futures.values(), return_when=asyncio.FIRST_COMPLETED)
+            daemon.process.send_signal(signal.SIGSTOP)  # some are answered; their client waits for the others
+            assert (await asyncio.wait(futures.values(), timeout=3))[1]
             daemon.process.send_signal(signal.SIGCONT)
             results = await asyncio.gather(*futures.values())
             assert [len(result) for result in results] == [1] * len(streams)
+            await client.push_many({stream: draw(1) for stream in streams})
+            assert "event=stood_still" in daemon.log
             expired = 'recurd_streams_ended_total{reason="expired"}'
             await asyncio.to_thread(eventually, lambda: daemon.metric(expired) >= 1)
             with pytest.raises(recurd.Broken) as broken:
