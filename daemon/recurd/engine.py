@@ -175,9 +175,9 @@ class Engine:
             else:
                 self._on_other(header, payload, peer, now)
         except (Refused, Broken) as error:
-            if isinstance(error, Refused) and error.retry_after_seconds and header.type in wire.RECORDS:
-                # Who waits as he was told is not idle.
-                self._streams.note_wait(header.handle, peer, now + error.retry_after_seconds)
+            again = error.retry_after_seconds if isinstance(error, Refused) else None
+            if again and header.type in wire.RECORDS and self._halted is None:  # halted, all wait: see saved()
+                self._streams.note_wait(header.handle, peer, now + again)  # who waits as he was told is not idle
             self._outbox.send_error(peer, header, error)
             error.__traceback__ = None  # it may be kept to be told again, and must not keep the frame
         except StartError:
