@@ -11,7 +11,7 @@ from recurd import wire
 from recurd.admin import Request
 from recurd.config import TENANT_NAME
 from recurd.errors import Code, Refused
-from recurd.fences import Fences, Group, GroupId, OfGroup, may_come
+from recurd.fences import Fences, Group, GroupId, OfGroup
 from recurd.lane import Lane, states_of
 from recurd.lifecycle import Lifecycle
 from recurd.saving import ModelStamp, Parcel, SavedStream, Stamp, Unsaved, is_fresh
@@ -137,8 +137,7 @@ class Arriving:
         if stream is None and other is not None:
             return f"there is a stream '{other.name}' in the place of stream '{saved.name}' of tenant '{saved.tenant}'"
         if stream is None:
-            is_there = not is_handed_over and self._fences.may_come(saved.tenant, saved.name)
-            return may_come(saved.name) if is_there else ""
+            return "" if is_handed_over else self._fences.may_come(saved.tenant, saved.name)
         what = _is_there(saved)
         if stream is not other or stream.lane.name != saved.model:
             return f"{what}, another one"

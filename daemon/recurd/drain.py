@@ -14,6 +14,7 @@ from typing import Any
 
 import msgspec
 
+from recurd.endings import Redirect
 from recurd.errors import Code, RecurdError, Refused, Unanswered
 from recurd.fences import FENCE_SECONDS
 from recurd.remote import Remote
@@ -95,8 +96,9 @@ class Drain:
                 raise DrainError(f"{daemon.endpoint} is of a version that this command does not know how to drain")
         begin = self._advanced_at = time.monotonic()
         try:
-            self._check_ways()
-            self._settle_former()
+            there, _ = self._target.ask("groups")
+            self._check_ways(there)
+            self._settle_former(there)
             while not self._is_empty():
                 if not self._move(secrets.token_hex(8)):
                     raise DrainError(f"{counted(len(self._staying))} cannot move to {self._target.endpoint}")
@@ -149,22 +151,21 @@ class Drain:
             self._is_expected = before
             raise DrainError(f"{self._target.endpoint} takes none: {refusal.text}") from refusal
 
-    def _check_ways(self) -> None:
-        """A daemon that streams come back to has to know where they all are."""
-        here, there = self._source.ask("groups")[0], self._target.ask("groups")[0]
-        came_from_there = [there["sent_on"], *there["gone_to"]]
-        if not any(way is not None and _is_to(self._source, way) for way in came_from_there):
+    def _check_ways(self, there: dict[str, Any]) -> None:
+        """A daemon that streams come back to has to know where they all are. ``there``: its report of groups."""
+        ways = there["gone_to"] if there["sent_on"] is None else [there["sent_on"], *there["gone_to"]]
+        if not any(_leads_to(self._source, way) for way in ways):
             return
-        others = sorted({way[0] for way in here["gone_to"] if not _is_to(self._target, way)})
+        here, _ = self._source.ask("groups")
+        others = sorted({way[0] for way in here["gone_to"] if not _leads_to(self._target, way)})
         if others:
             raise DrainError(
                 f"streams of {self._source.endpoint} have gone on to {' and '.join(others)}, of which "
                 f"{self._target.endpoint} would know nothing: drain these back to {self._source.endpoint} first"
             )
 
-    def _settle_former(self) -> None:
+    def _settle_former(self, there: dict[str, Any]) -> None:
         """Decide about what a drain before has left there undecided, as the source says."""
-        there, _ = self._target.ask("groups")
         self._is_expected = self._source.welcome.origin in there["expected"]
         for id in there["held"]:
             fate = self._source.ask("fate", group=id)[0]["fate"]
@@ -284,10 +285,10 @@ class Drain:
             error.add_note(f"the last group is not decided about ({trouble}): the next drain does that, and counts it")
 
 
-def _is_to(daemon: Remote, way: list[Any]) -> bool:
-    """Whether a way, an endpoint and perhaps an origin, leads to a daemon."""
+def _leads_to(daemon: Remote, way: list[Any]) -> bool:
+    """Whether streams that went this way, as it is reported, are at a daemon."""
     endpoint, origin, *_ = way
-    return bool(endpoint == daemon.endpoint or origin == daemon.welcome.origin)
+    return Redirect(endpoint, origin=origin).goes_to(daemon.endpoint, daemon.welcome.origin)
 
 
 def counted(streams: int) -> str:

@@ -171,6 +171,11 @@ class AddressError(StartError):
     exit_code = ExitCode.ADDRESS
 
 
+def is_passing(code: int, retry_after_seconds: float | None) -> bool:
+    """Whether what was refused with this may succeed later, and is to be asked again without being told."""
+    return code in PASSING or retry_after_seconds is not None
+
+
 class Refused(RecurdError):
     """A request was refused. Nothing happened: the stream lives and the seq is free to be used again.
 
@@ -208,7 +213,7 @@ class Refused(RecurdError):
     @property
     def is_passing(self) -> bool:
         """Whether the same request may succeed later, and is to be made again by itself."""
-        return self.code in PASSING or self.retry_after_seconds is not None
+        return is_passing(self.code, self.retry_after_seconds)
 
     def __str__(self) -> str:
         return f"{self.code.word}: {self.text}"

@@ -169,9 +169,11 @@ class Fences:
         if self.expected and len(self._ended) < _MAX_ENDED:
             self._ended.add((tenant, name))
 
-    def may_come(self, tenant: str, name: str) -> bool:
-        """Whether a stream that is not here may be one that is to come."""
-        return bool(self.expected) and (tenant, name) not in self._ended
+    def may_come(self, tenant: str, name: str) -> str:
+        """That a stream which is not here may be one that is to come, in words; empty: it is not."""
+        if not self.expected or (tenant, name) in self._ended:
+            return ""
+        return f"stream '{name}' may be one that is to come from another daemon: a drain to this one is not finished"
 
     def check_new(self, name: str, peer: Peer) -> None:
         """Raises :class:`Refused` (``busy``, ``moved``) where no stream may begin on a connection."""
@@ -179,10 +181,5 @@ class Fences:
             raise peer.fence.refusal(name)
         if self.redirect is not None:
             raise self.redirect.error(name)
-        if self.may_come(peer.tenant, name):
-            raise Refused(Code.BUSY, may_come(name), retry_after_seconds=_EXPECTED_RETRY_SECONDS)
-
-
-def may_come(name: str) -> str:
-    """Why no stream of this name begins here."""
-    return f"stream '{name}' may be one that is to come from another daemon: a drain to this one is not finished"
+        if reason := self.may_come(peer.tenant, name):
+            raise Refused(Code.BUSY, reason, retry_after_seconds=_EXPECTED_RETRY_SECONDS)

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from recurd import wire
-from recurd.errors import PASSING, Code, RecurdError
+from recurd.errors import Code, RecurdError, is_passing
 
 Array = npt.NDArray[Any]
 
@@ -152,8 +152,7 @@ class Fleet:
 
     def _on_error(self, index: int, code: int, body: wire.Error, now: float) -> None:
         self.errors[body.code] += 1
-        is_passing = code in PASSING or body.retry_after_seconds is not None
-        if is_passing or (code == Code.GAP and self._refused[index]):
+        if is_passing(code, body.retry_after_seconds) or (code == Code.GAP and self._refused[index]):
             self._refused[index] += 1
             self._retry_at[index] = max(now + (body.retry_after_seconds or 0.0), self._retry_at.get(index, 0.0))
         else:

@@ -271,12 +271,8 @@ class Journal:
 
     def redirect(self) -> Redirect | None:
         """Where all are sent who ask for a stream that is not here. Raises :class:`JournalError`."""
-        with self._read() as transaction:
-            value = transaction.get(_REDIRECT_KEY, db=self._meta)
-            if value is None:
-                return None
-            redirect = _unpack(_REDIRECT_KEY, value, "where streams are sent to")
-            return msgspec.msgpack.decode(redirect, type=Redirect | None)
+        redirect: Redirect | None = self._read_meta(_REDIRECT_KEY, "where streams are sent to", Redirect | None)
+        return redirect
 
     def origin(self, epoch: str) -> str:
         """The epoch of the start at which the journal was begun: the one given, where it is new.
@@ -292,12 +288,13 @@ class Journal:
 
     def expected(self) -> dict[str, str]:
         """Daemons that streams are to come from: endpoints by origin. Raises :class:`JournalError`."""
+        return self._read_meta(_EXPECTED_KEY, "who streams are to come from", dict[str, str]) or {}
+
+    def _read_meta(self, key: bytes, what: str, type: Any) -> Any:
+        """What stands there; ``None``: nothing yet."""
         with self._read() as transaction:
-            value = transaction.get(_EXPECTED_KEY, db=self._meta)
-            if value is None:
-                return {}
-            sources = _unpack(_EXPECTED_KEY, value, "who streams are to come from")
-            return msgspec.msgpack.decode(sources, type=dict[str, str])
+            value = transaction.get(key, db=self._meta)
+            return None if value is None else msgspec.msgpack.decode(_unpack(key, value, what), type=type)
 
     def states(self, handles: list[int]) -> list[bytes]:
         """The states of streams as they were saved last, none of them at a fresh start.

@@ -14,12 +14,12 @@ from recurd import wire
 from recurd.config import Config
 from recurd.endings import Redirect
 from recurd.errors import Broken, Code, Refused
-from recurd.fences import Fences, may_come
+from recurd.fences import Fences
 from recurd.lane import Lane, Room
 from recurd.peers import Outbox, Peer, Peers
 from recurd.saving import SavedAnswer, SavedStream, Unsaved, answer
 from recurd.stats import Stats
-from recurd.streams import Chunk, Kind, Stream, Streams, not_allowed
+from recurd.streams import MAX_ENDS, Chunk, Kind, Stream, Streams, not_allowed
 from recurd.tenants import LOCAL, NOBODY, Tenant, Tenants
 
 if TYPE_CHECKING:
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 #: What a client waits before it asks a daemon again that is about to be started anew.
 _RESTART_RETRY_SECONDS = 0.25
-#: Streams that may expire between two ticks, and how many of them are logged by name.
-_PIECE, _NAMED = 256, 16
+#: Streams that expire between two ticks and are logged by name, at most.
+_NAMED = 16
 _TYPES = {Kind.CHUNK: wire.Type.CHUNK, Kind.RESET: wire.Type.RESET}
 
 
@@ -397,8 +397,8 @@ class Lifecycle:
         if ending is not None and ending.redirect is not None:
             # Told that it has moved, the client would take its own stream for moved and follow.
             raise Refused(Code.EXISTS, f"there is a stream '{name}' already, at {ending.redirect.endpoint}")
-        if self._fences.may_come(peer.tenant, name):  # not busy: a clone that waits would hold up its stream
-            raise Refused(Code.EXISTS, may_come(name))
+        if reason := self._fences.may_come(peer.tenant, name):
+            raise Refused(Code.EXISTS, reason)  # not busy: a clone that waits would hold up its stream
         self.check_room(source.lane, peer.tenant)
 
     def reserve(self, source: Stream, name: str) -> None:
@@ -573,8 +573,8 @@ class Lifecycle:
 
     def expire(self, now: float) -> None:
         """End streams, not too many at once, and forget peers whose time-out has passed."""
-        expired = self._streams.expired(now, _PIECE)
-        self.has_to_expire = len(expired) == _PIECE
+        expired = self._streams.expired(now, MAX_ENDS)
+        self.has_to_expire = len(expired) == MAX_ENDS
         are_many = len(expired) > _NAMED
         for stream in expired:
             if not stream.ended:  # one that has left and come back may stand in the order twice

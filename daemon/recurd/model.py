@@ -222,7 +222,7 @@ class Model:
             start += size
         self._write_arenas(slots, tables)
 
-    @property
+    @cached_property
     def stamp(self) -> Stamp:
         """What the bits of its states depend on."""
         layout = ", ".join(f"{s.name} {s.dtype} {list(s.shape)}" for s in self.contract.states)

@@ -28,6 +28,8 @@ NO_SLOT = -1
 #: Where they stand in a header.
 _TYPE, _FLAGS = 3, 4
 _NO_DATA = np.zeros(0)
+#: Streams ended between two ticks, at most, where many are to be at once.
+MAX_ENDS = 256
 #: Ended streams that may stand in the order of expiry besides as many as live, before they are swept out of it.
 _EXPIRY_SLACK = 64
 #: Time-outs shorter than this come then: the clock may not tell less apart.

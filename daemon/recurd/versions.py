@@ -20,15 +20,13 @@ import msgspec
 from recurd.arena import Device, Store
 from recurd.lane import Lane
 from recurd.stats import ModelStats, Stats
-from recurd.streams import Kind, Stream, Streams
+from recurd.streams import MAX_ENDS, Kind, Stream, Streams
 
 if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
 
 #: What becomes of streams whose states the new file cannot go on with.
 Incompatible = Literal["finish", "restart"]
-#: Streams ended between two ticks, at most.
-_PIECE = 256
 
 
 class Takeover(msgspec.Struct, frozen=True):
@@ -141,7 +139,7 @@ class Versions:
 
     def due(self) -> Iterator[Stream]:
         """Some of the streams that have nothing queued and end because of a reload; the caller ends them."""
-        for _ in range(min(_PIECE, len(self._to_end))):
+        for _ in range(min(MAX_ENDS, len(self._to_end))):
             stream = self._to_end.pop()
             if not stream.ended and not stream.queue and self.has_to_end(stream):
                 yield stream

@@ -98,6 +98,11 @@ def drain(
             _tell(str(error), error)
             ctx.exit(ExitCode.DEVICE if isinstance(error, Unanswered) else ExitCode.BUG)
     click.echo(msgspec.json.encode(report).decode() if as_json else _sentence(report, to))
+    _warn(report, to)
+
+
+def _warn(report: Report, to: str) -> None:
+    """What is not as it should be, though all streams have moved."""
     if report.undecided:
         click.echo(
             f"recurd: closed at {to} until another drain says where they are: {counted(report.undecided)}; "
