@@ -49,7 +49,7 @@ class Stamp(msgspec.Struct, frozen=True):
             ("device", "device"),
         ):
             mine, theirs = getattr(self, name), getattr(other, name)
-            if mine != theirs and mine and theirs:
+            if mine != theirs and (theirs or name != "form"):  # former journals do not note the form
                 return f"{what} {theirs[:20]} then, {mine[:20]} now"
         return None
 

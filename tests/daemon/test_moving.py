@@ -411,6 +411,16 @@ def test_streams_of_other_weights_are_taken_in_only_when_that_is_said(here: Desk
     assert target.reply("import", group="h", stamps=stamps, accept_drift=True).code == "wrong_model"
 
 
+@pytest.mark.parametrize("field", ["state_hash", "runtime", "device"])
+def test_a_stamp_that_says_nothing_is_not_taken_for_the_same(here: Desk, there: Desk, field: str) -> None:
+    here.connect("c").handle("s")
+    (stamp,) = Operator(here).ask("gather", group="g")["stamps"]
+    stamp["stamp"][field] = ""
+    assert Operator(there).reply("import", group="g", stamps=[stamp]).code == "wrong_model"
+    stamp["stamp"] |= {field: Operator(here).ask("gather", group="h")["stamps"][0]["stamp"][field], "form": ""}
+    assert Operator(there).reply("import", group="g", stamps=[stamp]).code == ""  # of a journal that did not note it
+
+
 def parcels(here: Desk) -> tuple[list[Parcel], Any]:
     caller, source = here.connect("c"), Operator(here)
     for name in "ab":
